@@ -1,0 +1,1 @@
+"""Control agents: one file an algorithm, pure torch, no Ray."""

@@ -1,0 +1,1 @@
+"""Whatever pays a reward: control environments, problems with verifiers, vision tasks."""

@@ -1,0 +1,37 @@
+"""A problem, and the verdict on one completion of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with a checkable answer.
+
+    id: stable over runs and machines; names the source and the index, e.g. `gym:chain_sum?min_terms=2#17`.
+    verifier: name of the check, `gym` (the dataset's own scorer), `math` (math-verify) or `exact`.
+    solution: a worked solution ending in the answer, the target of supervised fine-tuning; None where there is none.
+    difficulty: any number that grows with difficulty (size of the instance, a label); None if unknown.
+    metadata: plain JSON data that the verifier needs (the reasoning-gym entry).
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    verifier: str
+    solution: str | None = None
+    difficulty: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """reward in [0, 1], and why: `correct`, `partial`, `wrong`, `unparsable`, `timeout`, `crash`, `too_long`."""
+
+    reward: float
+    reason: str
+
+    @property
+    def correct(self) -> bool:
+        return self.reward >= 0.99

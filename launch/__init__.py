@@ -1,0 +1,1 @@
+"""Command line, recipes and the runtime; the only package that imports ray."""

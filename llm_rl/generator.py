@@ -1,0 +1,39 @@
+"""What a rollout worker asks of whatever samples text. vLLM and plain torch both implement it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """temperature 0 is greedy. Log-probabilities are those of the distribution sampled from (after temperature)."""
+
+    temperature: float = 1.0
+    max_tokens: int = 256  # new tokens per completion
+    stop_token_ids: tuple[int, ...] = ()  # the stop token is kept as the completion's last token
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token-in, token-out: the tokens as sampled, never re-tokenised text."""
+
+    tokens: list[int]
+    logprobs: list[float]  # of each token, when it was sampled
+    finish: str  # "stop" or "length"
+    version: int  # version of the weights that sampled it
+
+
+class Generator(Protocol):
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int
+    ) -> list[list[Completion]]:
+        """Return `samples` completions for each prompt (token ids). The same call after the same weights gives the
+        same completions. Raises UserError if a prompt plus `max_tokens` is longer than the context."""
+        ...
+
+    def load_weights(self, named: Mapping[str, Any], version: int) -> None:
+        """Replace the weights in place. named: checkpoint name → array, as `llm_rl.weights.export` writes them."""
+        ...
+
+    def close(self) -> None: ...

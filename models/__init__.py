@@ -1,0 +1,1 @@
+"""Networks, and nothing else: no Ray, no vLLM, no environments, no training loop."""
