@@ -167,11 +167,20 @@ class LanguageConfig:
         for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
             if config.get(key, wanted) != wanted:
                 raise UserError(f"{source}: {key} is {config[key]!r}; only {wanted!r} is supported")
+        if config.get("quantization_config"):
+            raise UserError(f"{source}: quantization_config is set; only unquantised checkpoints are supported")
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
             raise UserError(f"{source}: the field {missing[0]} is missing; is this the config.json of a causal LM?")
 
-        values: dict[str, Any] = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
+        values: dict[str, Any] = {}
+        for field_ in dataclasses.fields(cls):
+            value = config.get(field_.name)
+            if value is None:
+                continue
+            if field_.type in (int, float, bool) and not isinstance(value, (int, field_.type)):
+                raise UserError(f"{source}: {field_.name} is {value!r}; it must be a number")
+            values[field_.name] = value
         heads = config["num_attention_heads"]
         if config.get("head_dim") is None:  # older Llama folders leave it out
             values["head_dim"] = 128 if model_type.startswith("qwen3") else config["hidden_size"] // max(heads, 1)
@@ -192,10 +201,7 @@ class LanguageConfig:
         elif model_type != "longstride":
             values["num_experts"] = 0
         values.setdefault("tie_word_embeddings", False)  # the default of transformers
-        try:
-            return cls(**values).validate()
-        except TypeError as error:
-            raise UserError(f"{source}: a field has the wrong type ({error})") from None
+        return cls(**values).validate()
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json."""
