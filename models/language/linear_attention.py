@@ -10,7 +10,8 @@ attention (Yang et al. 2024, arXiv 2312.06635, §4). All three forms give the sa
     chunked     O(L · chunk) time; training and prefill
     recurrent   O(1) time and memory for each token; decoding
 
-They compute in float32 and only exponentiate sums of log-decays, which are never positive, so nothing overflows.
+They compute in float32 and only exponentiate sums of log-decays, which are never positive, so nothing overflows. The
+sums are float64: the decay between two tokens is a difference of two sums that may both be long.
 A token with k = 0 and log_g = 0 leaves the state as it is: zero padding needs no mask.
 
 Shapes: q, k, v [B, L, H, C]; log_g [B, L, H] (≤ 0); state [B, H, Ck, Cv]; output [B, L, H, C] and the last state.
@@ -33,14 +34,13 @@ CHUNK = 64
 def parallel(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every pair of tokens at once, token i reading token j ≤ i through the decays in between."""
     q, k, v = q.float(), k.float(), v.float()
-    decay = log_g.float().cumsum(1).transpose(1, 2)  # [B, H, L]
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -math.inf).exp()
+    decay = log_g.double().cumsum(1).transpose(1, 2)  # [B, H, L]
+    between = _between(decay)
     o = torch.einsum("bihc,bjhc,bhij,bjhd->bihd", q, k, between, v)
     last = torch.einsum("bjhc,bhj,bjhd->bhcd", k, between[:, :, -1], v)
     if state is not None:
-        o = o + torch.einsum("bihc,bhi,bhcd->bihd", q, decay.exp(), state)
-        last = last + decay[..., -1].exp()[..., None, None] * state
+        o = o + torch.einsum("bihc,bhi,bhcd->bihd", q, decay.float().exp(), state)
+        last = last + decay[..., -1].float().exp()[..., None, None] * state
     return o / math.sqrt(q.shape[-1]), last
 
 
@@ -51,24 +51,20 @@ def chunked(
     length = q.shape[1]
     chunk = min(chunk, length)
     q, k, v, log_g = (_split(x.float(), chunk) for x in (q, k, v, log_g[..., None]))  # [B, H, N, chunk, ·]
-    decay = log_g.squeeze(-1).cumsum(-1)  # log of the decay from the chunk's start through each token
-    total = decay[..., -1:]  # through the whole chunk
-
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -math.inf).exp()
+    decay = log_g.squeeze(-1).double().cumsum(-1)  # log of the decay from the chunk's start through each token
+    between = _between(decay)
     within = (q @ k.mT * between) @ v
 
-    q_from_start = q * decay.exp()[..., None]
-    k_to_end = k * (total - decay).exp()[..., None]
-    written = k_to_end.mT @ v  # what each chunk adds to the state: [B, H, N, C, C]
-    kept = total.exp()[..., None]
+    from_start = decay.float().exp()[..., None]
+    written = (k * between[..., -1, :, None]).mT @ v  # what each chunk adds to the state: [B, H, N, C, C]
+    kept = from_start[..., -1:, :]
     if state is None:
         state = torch.zeros_like(written[:, :, 0])
     before = []
     for n in range(written.shape[2]):
         before.append(state)
         state = kept[:, :, n] * state + written[:, :, n]
-    o = (within + q_from_start @ torch.stack(before, 2)) / math.sqrt(q.shape[-1])
+    o = (within + (q * from_start) @ torch.stack(before, 2)) / math.sqrt(q.shape[-1])
     return o.flatten(2, 3)[:, :, :length].transpose(1, 2), state
 
 
@@ -89,6 +85,12 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor) -> tuple
     q, k, v = q.float(), k.float(), v.float()
     state = log_g.float().exp()[..., None, None] * state + k[..., :, None] * v[..., None, :]
     return (q[..., None, :] @ state).squeeze(-2) / math.sqrt(q.shape[-1]), state
+
+
+def _between(decay: Tensor) -> Tensor:
+    """The decay from token j to token i at [..., i, j], 0 for j > i; from cumulative log-decays [..., L]."""
+    future = torch.ones(decay.shape[-1], decay.shape[-1], dtype=torch.bool, device=decay.device).triu(1)
+    return (decay[..., :, None] - decay[..., None, :]).float().masked_fill(future, -math.inf).exp()
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:

@@ -186,4 +186,4 @@ def _read_adapter_config(file: Path) -> LoraConfig:
     targets = given.get("target_modules")
     if not isinstance(targets, list) or "r" not in given or "lora_alpha" not in given:
         raise UserError(f"{file}: needs r, lora_alpha and a list target_modules")
-    return LoraConfig(r=given["r"], alpha=given["lora_alpha"], targets=tuple(targets))
+    return LoraConfig(r=given["r"], alpha=given["lora_alpha"], targets=tuple(sorted(targets)))
