@@ -1,12 +1,13 @@
 """Generator over a vLLM engine in this process."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
+from torch import Tensor
 
 from llm_rl import weights
 from llm_rl.generator import Completion, SamplingConfig, require_context
@@ -15,7 +16,7 @@ from models.language.checkpoint import read_config
 
 
 class VLLMGenerator:
-    """One engine per process: vLLM sets up torch.distributed, patches torch and reads the environment as it starts.
+    """vLLM sets up torch.distributed, patches torch and reads the environment: give the engine a process of its own.
 
     Weights arrive through vLLM's own reloading, which puts them into its kernels' layouts.
     """
@@ -46,6 +47,7 @@ class VLLMGenerator:
         vllm = _import_vllm(device)
         self.max_model_len = max_model_len or config.max_position_embeddings
         self.version = version
+        self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
         self._engine = vllm.LLM(
             model=str(model_folder),
@@ -60,6 +62,7 @@ class VLLMGenerator:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # no sampling defaults from the folder
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=seed,
         )
 
@@ -88,8 +91,15 @@ class VLLMGenerator:
         return Completion(tokens, logprobs, sample.finish_reason, self.version)
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights.tensors(named)})
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
         self.version = version
+
+    def _with_head(self, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """vLLM's Qwen3-MoE holds a tied head as a module of its own, and reloading would leave the old one there."""
+        for name, tensor in weights.tensors(named):
+            yield name, tensor
+            if self._tied and name == "model.embed_tokens.weight":
+                yield "lm_head.weight", tensor
 
     def close(self) -> None:
         self._engine.llm_engine.engine_core.shutdown()

@@ -208,6 +208,8 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
             experts = fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
         loaded = set()
         for name, tensor in weights:
+            if name == "lm_head.weight" and self.lm_head is self.model.embed_tokens:
+                continue
             target, arguments = self._place(name, parameters, experts)
             loader = getattr(parameters[target], "weight_loader", default_weight_loader)
             loader(parameters[target], tensor, **arguments)
