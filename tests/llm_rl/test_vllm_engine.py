@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import pstdev
 
 import pytest
 
@@ -123,8 +124,7 @@ def test_logprobs_of_sampled_tokens_are_the_learners(report: Report) -> None:
     assert report.start <= 1e-5
     assert report.greedy <= 1e-5
     logprobs = [logprob for group in report.sampled for c in group for logprob in c.logprobs]
-    assert min(logprobs) < -3  # a policy that is nearly sure, or uniform, would agree by chance
-    assert max(logprobs) > -0.5
+    assert pstdev(logprobs) > 0.5  # a policy that is nearly sure, or uniform, would agree by chance
 
 
 @pytest.mark.vllm
