@@ -111,6 +111,10 @@ class Run(Protocol):
         """Merge final figures into summary.json (written atomically; also after each evaluation)."""
         ...
 
+    def summary_metrics(self) -> dict[str, float]:
+        """The metrics that summary.json holds so far (also those of the run before it was resumed)."""
+        ...
+
     def table(self, title: str, columns: list[str], rows: "list[list[str]]") -> None:
         """Print a table on the console."""
         ...
