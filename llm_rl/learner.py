@@ -17,7 +17,7 @@ from llm_rl.config import LearnerConfig, LoRASettings, RLConfig
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
 from llm_rl.optimizer import MasterAdamW
-from llm_rl.weights import export
+from llm_rl.weights import CudaExport, export
 from models.errors import UserError
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
 from models.language.lora import LoRAConfig, attach_lora
@@ -30,6 +30,7 @@ class Learner:
         self.config, self.device, self.folder = config, device, folder
         self.model = load_pretrained(folder, dtype=getattr(torch, config.dtype), device=device)
         self.optimizer = self._optimizer()
+        self.export = export if device == "cpu" else CudaExport()
 
     def _optimizer(self) -> MasterAdamW:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -45,9 +46,7 @@ class Learner:
     def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, list[RouterRecord]]:
         trace: list[RouterRecord] = []
         hidden_TD = self.model(batch.tokens_T, batch.packing, trace=trace)
-        return token_logprobs(
-            hidden_TD[batch.predict_N], self.model.head_weight, batch.targets_N, temperature
-        ), trace
+        return token_logprobs(hidden_TD[batch.predict_N], self.model.head_weight, batch.targets_N, temperature), trace
 
     def _router_loss(self, trace: list[RouterRecord]) -> Tensor | float:
         config = self.config
@@ -138,7 +137,7 @@ class Learner:
 
     def weights(self) -> dict[str, Any]:
         """The policy under checkpoint names, adapters merged, for the generators."""
-        return export(to_checkpoint(self.model))
+        return self.export(to_checkpoint(self.model))
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed learner needs, on the host."""

@@ -13,7 +13,9 @@ from models.language.decoder import Decoder
 from models.seeding import derive_seed
 
 
-def policy_folder(model: Path | None, config: PolicyConfig, problems: Sequence[Problem], target: Path, seed: int) -> Path:
+def policy_folder(
+    model: Path | None, config: PolicyConfig, problems: Sequence[Problem], target: Path, seed: int
+) -> Path:
     """Return a Hugging Face folder. A fresh policy is written to `target` once; a resumed run finds it there."""
     if model is not None:
         if not model.is_dir():

@@ -47,9 +47,7 @@ def train(config: ReasonConfig, run: "Run") -> None:
 def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str, Any] | None) -> None:
     """The RL phase, from its beginning or from the state of a checkpoint."""
     rl, first = config.rl, config.sft.steps
-    sampler = ProblemSampler(
-        session.sets.train, run.seed, rl.sampling == "prioritised", rl.curriculum, rl.admit_at
-    )
+    sampler = ProblemSampler(session.sets.train, run.seed, rl.sampling == "prioritised", rl.curriculum, rl.admit_at)
     resumed = state is not None and state["phase"] == "rl"
     if not resumed:
         if state is not None:
@@ -78,7 +76,7 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         metrics |= session.learn("iterate", samples, rl, derive_seed(run.seed, "minibatches", iteration))
         learned = time.perf_counter()
         sync_s = session.sync()
-        session.record(step, problems, attempts, kind="train")
+        session.record(step, "train", problems, attempts)
         tokens = metrics["train/tokens"]
         metrics |= sampler.metrics() | {
             "time/rollout_s": rolled - begin,

@@ -143,33 +143,29 @@ class Session:
             [[a.verdict.correct for a in row] for row in sampled],
             [[a.completion for a in row] for row in sampled],
         )
-        self.record(step, problems, sampled, kind=f"heldout/{tag}")
+        self.record(step, f"heldout-{tag}", problems, sampled)
         self.run.log(step, metrics)
         self.run.summarize(metrics)
         return metrics
 
-    def record(
-        self, step: int, problems: Sequence[Problem], attempts: Sequence[Sequence[Attempt]], kind: str
-    ) -> None:
-        self.run.record(
-            step,
-            [
-                {
-                    "kind": kind,
-                    "problem": problem.id,
-                    "prompt": problem.prompt,
-                    "answer": problem.answer,
-                    "completion": a.text,
-                    "tokens": len(a.completion.tokens),
-                    "finish": a.completion.finish,
-                    "version": a.completion.version,
-                    "reward": a.verdict.reward,
-                    "reason": a.verdict.reason,
-                }
-                for problem, row in zip(problems, attempts)
-                for a in row
-            ],
-        )
+    def record(self, step: int, kind: str, problems: Sequence[Problem], attempts: Sequence[Sequence[Attempt]]) -> None:
+        """Keep every completion with its reward, for the run's rollouts/ folder."""
+        rows = [
+            {
+                "problem": problem.id,
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+                "completion": a.text,
+                "tokens": len(a.completion.tokens),
+                "finish": a.completion.finish,
+                "version": a.completion.version,
+                "reward": a.verdict.reward,
+                "reason": a.verdict.reason,
+            }
+            for problem, row in zip(problems, attempts)
+            for a in row
+        ]
+        self.run.record(step, kind, rows)
 
     def worked(self, problems: Sequence[Problem]) -> list[Sample]:
         """Worked solutions as training samples."""

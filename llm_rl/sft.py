@@ -41,7 +41,9 @@ def finetune(session: Session, run: "Run", start: int) -> None:
     for step in range(start, total):
         rng = random.Random(derive_seed(run.seed, "sft", step))
         batch = [samples[i] for i in rng.sample(range(len(samples)), min(config.batch_size, len(samples)))]
-        metrics = session.learn("sft_step", batch, config.lr * cosine(step, total, config.warmup, config.final_lr_ratio))
+        metrics = session.learn(
+            "sft_step", batch, config.lr * cosine(step, total, config.warmup, config.final_lr_ratio)
+        )
         tokens += sum(len(sample) for sample in batch)
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:

@@ -40,7 +40,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     # the thinking marks are part of what a completion says, so decoding must keep them
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -52,7 +56,9 @@ class Dialogue:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{folder}: no usable tokenizer ({first}); put tokenizer.json beside config.json") from error
+            raise UserError(
+                f"{folder}: no usable tokenizer ({first}); put tokenizer.json beside config.json"
+            ) from error
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer names no eos token; set eos_token in tokenizer_config.json")
         self.system_prompt = system_prompt
