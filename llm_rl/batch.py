@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from models.language.packing import Packing
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.lora import LoRAConfig, attach_lora
+from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
@@ -19,9 +22,6 @@ from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatc
 from llm_rl.optimizer import MasterAdamW
 from llm_rl.weights import CudaExport, export
 from models.errors import UserError
-from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoRAConfig, attach_lora
-from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 
 
 class Learner:

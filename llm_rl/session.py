@@ -9,8 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from envs.reasoning.problem import Problem, Verdict
 from envs.reasoning.verifier_pool import VerifierPool
+from models.language.config import LanguageConfig
+
+from envs.reasoning.problem import Problem, Verdict
 from llm_rl.batch import Sample
 from llm_rl.config import LanguageJob
 from llm_rl.evaluation import heldout_metrics
@@ -22,7 +24,6 @@ from llm_rl.rollout import RolloutWorker, collect
 from llm_rl.sampler import family
 from llm_rl.tokenizer import Dialogue
 from models.errors import UserError
-from models.language.config import LanguageConfig
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:

@@ -20,6 +20,6 @@ def test_export_is_a_copy_and_read_only_arrays_arrive() -> None:
     source += 1
     for array in arrays.values():
         array.flags.writeable = False  # as the object store hands them out
-    (_, arrived), = tensors(arrays)
+    ((_, arrived),) = tensors(arrays)
     assert torch.equal(arrived, torch.zeros(3))
     assert isinstance(arrays["w"], np.ndarray)
