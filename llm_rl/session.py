@@ -3,9 +3,9 @@
 The job itself (sft.py, reason.py) is then a short loop over these verbs.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,9 @@ class Session:
         timeout_s = self.config.engine.timeout_s
         pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
-            self._settle(push)
+            with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
+                push.result()
         return time.perf_counter() - start
-
-    @staticmethod
-    def _settle(push: "Future[Any]") -> None:
-        try:
-            push.result()
-        except ConnectionError:
-            pass  # the replacement repeats this sticky call before it does anything else
 
     def attempt(
         self, problems: Sequence[Problem], sampling: SamplingConfig, samples: int, seed: int
