@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoRAConfig, attach_lora
+from models.language.lora import LoraConfig, attach
 from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 from torch import Tensor
 
@@ -39,8 +39,7 @@ class Learner:
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
         if settings.rank:
-            torch.manual_seed(seed)
-            attach_lora(self.model, LoRAConfig(settings.rank, settings.alpha, settings.targets))
+            attach(self.model, LoraConfig(settings.rank, settings.alpha, settings.targets), seed)
             self.optimizer = self._optimizer()
 
     def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, list[RouterRecord]]:
@@ -80,7 +79,7 @@ class Learner:
             self.optimizer.gather()
             loss_sum += loss.item()
         norm = self._step(lr)
-        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **expert_load(trace)}
+        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_load(trace)}
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
@@ -133,7 +132,7 @@ class Learner:
             "train/entropy": -torch.cat(sampler).mean().item(),  # of the sampled tokens: E[-log π] = H
             "train/tokens": float(sum(len(s.completion) for s in samples)),
         }
-        return metrics | expert_load(trace)
+        return metrics | _load(trace)
 
     def weights(self) -> dict[str, Any]:
         """The policy under checkpoint names, adapters merged, for the generators."""
@@ -169,6 +168,10 @@ def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iter
     minibatches = min(minibatches, len(keys))
     for number in range(minibatches):
         yield [index for key in keys[number::minibatches] for index in groups[key]]
+
+
+def _load(trace: list[RouterRecord]) -> dict[str, float]:
+    return {f"moe/{name}": value for name, value in expert_load(trace).items()} if trace else {}
 
 
 def _to_host(tree: Any) -> Any:

@@ -48,12 +48,10 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qk_norm=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )
-    language.validate()
-    model = Decoder(language)
-    model.init_weights(derive_seed(seed, "policy"))
+    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(target)
     save_pretrained(model, target)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from envs.reasoning.sources import load_problems
 
@@ -22,53 +21,48 @@ class ProblemSets:
 
 
 def load_problem_sets(config: LanguageJob, seed: int) -> ProblemSets:
-    """Load all three. Held-out prompts are removed from the other two, so they are never trained on.
+    """Load all three. The held-out problems come first, and the other two leave out their prompts.
 
-    Raises UserError if no problem is left, or if fine-tuning is asked for and nothing has a worked solution.
+    Raises UserError if fine-tuning is asked for and nothing has a worked solution.
     """
     if not config.problems:
         raise UserError("--problems is empty: give a source such as gym:chain_sum?min_terms=2 or a .jsonl file")
-    train = _load(config.problems, config.count, derive_seed(seed, "problems", "train"))
     if config.eval.problems:
-        heldout = _load(config.eval.problems, config.eval.count, derive_seed(seed, "problems", "heldout"))
+        heldout = _load(config.eval.problems, config.eval.count, derive_seed(seed, "problems", "heldout"), [])
     else:
-        heldout = _hold_out(config, train, seed)
-    hidden = {problem.prompt for problem in heldout}
-    train = [problem for problem in train if problem.prompt not in hidden]
+        heldout = _hold_out(config, seed)
+    train = _load(config.problems, config.count, derive_seed(seed, "problems", "train"), heldout)
     sft: list[Problem] = []
     if config.sft.steps:
-        loaded = _load(config.sft.problems or config.problems, config.sft.count, derive_seed(seed, "problems", "sft"))
-        sft = [problem for problem in loaded if problem.solution and problem.prompt not in hidden]
+        sources = config.sft.problems or config.problems
+        loaded = _load(sources, config.sft.count, derive_seed(seed, "problems", "sft"), heldout)
+        sft = [problem for problem in loaded if problem.solution]
         if not sft:
             raise UserError("--sft.steps > 0, but no problem has a worked solution: add a `solution` field, or set 0")
-    if not train:
-        raise UserError("every training problem is also a held-out problem: raise --count or widen --problems")
     return ProblemSets(sft, train, heldout)
 
 
-def _load(sources: Sequence[str], count: int, seed: int) -> list[Problem]:
-    problems = [
-        problem
-        for number, source in enumerate(sources)
-        for problem in load_problems(source, count if is_generated(source) else None, derive_seed(seed, number))
-    ]
-    unique: dict[str, Problem] = {}
-    for problem in problems:
-        unique.setdefault(problem.prompt, problem)
-    return list(unique.values())
+def _load(sources: Sequence[str], count: int, seed: int, exclude: Sequence[Problem]) -> list[Problem]:
+    """`count` problems of each generated source, and the whole of each file; no prompt twice."""
+    problems: list[Problem] = []
+    for number, source in enumerate(sources):
+        wanted = count if is_generated(source) else None
+        problems += load_problems(source, wanted, derive_seed(seed, number), [*exclude, *problems])
+    return problems
 
 
-def _hold_out(config: LanguageJob, train: Sequence[Problem], seed: int) -> list[Problem]:
-    """Fresh draws of generated sources; the last share of what the files hold."""
-    generated = tuple(source for source in config.problems if is_generated(source))
-    heldout = _load(generated, config.eval.count, derive_seed(seed, "problems", "heldout")) if generated else []
-    names = {source for source in config.problems if not is_generated(source)}
-    if names:
-        filed = [problem for problem in train if not problem.id.startswith("gym:")]
-        count = min(config.eval.count, max(1, int(len(filed) * HELD_OUT_SHARE)))
-        heldout += filed[-count:]
+def _hold_out(config: LanguageJob, seed: int) -> list[Problem]:
+    """Fresh draws of generated sources; a share of each file, at most `eval.count`."""
+    seed = derive_seed(seed, "problems", "heldout")
+    heldout = _load([s for s in config.problems if is_generated(s)], config.eval.count, seed, [])
+    for source in config.problems:
+        if not is_generated(source):
+            count = len(load_problems(source, None, seed))
+            if count < 2:
+                raise UserError(f"`{source}` holds one problem, and one must be held out: add problems")
+            heldout += load_problems(source, min(config.eval.count, max(1, int(count * HELD_OUT_SHARE))), seed)
     return heldout
 
 
 def is_generated(source: str) -> bool:
-    return source.startswith("gym:") and not Path(source).exists()
+    return source.startswith("gym:")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.verifier_pool import VerifierPool
-from models.language.config import LanguageConfig
+from models.language.checkpoint import read_config
 
 from envs.reasoning.problem import Problem, Verdict
 from llm_rl.batch import Sample
@@ -46,7 +46,7 @@ class Session:
         self.folder = policy_folder(
             config.model, config.policy, self.sets.sft or self.sets.train, run.directory / "policy" / "init", run.seed
         )
-        language = LanguageConfig.from_folder(self.folder)
+        language = read_config(self.folder)
         self.dialogue = Dialogue(self.folder, config.system_prompt)
         self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
