@@ -48,6 +48,8 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qk_norm=True,
+        # keeps the variance of a projection's input (LeCun); the usual 0.02 suits widths of thousands
+        initializer_range=config.hidden_size**-0.5,
         eos_token_id=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )

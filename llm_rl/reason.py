@@ -132,6 +132,44 @@ def judge(
     return samples, metrics | {f"verdict/{reason}": number / count for reason, number in reasons.items()}
 
 
+def evaluate(config: ReasonConfig, run: "Run") -> None:
+    """`longstride evaluate RUN`: the checkpoint's policy on the held-out problems, under the tag `checkpoint`."""
+    state = run.restore()
+    session = Session(config, run, config.rl.max_tokens, config.rl.temperature)
+    try:
+        assert state is not None  # the command line refuses a run without a checkpoint
+        if state["phase"] == "rl":
+            session.learn("attach_lora", config.rl.lora, derive_seed(run.seed, "lora"))
+        session.learn("load_state", state["learner"])
+        session.sync()
+        figures = session.evaluate("checkpoint", state["step"])
+        run.table("held-out problems", ["figure", "value"], [[name, f"{v:.3f}"] for name, v in figures.items()])
+    finally:
+        session.close()
+
+
+def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
+    """What `--dry-run` shows: (what, count, CPUs, GPUs, GiB of memory each)."""
+    engine, learner, policy = config.engine, config.learner, config.policy
+    if config.model:
+        files = list(config.model.glob("*.safetensors"))
+        parameters = sum(file.stat().st_size for file in files) / 2  # bfloat16 on disk
+    else:
+        mixer = 4 * policy.hidden_size * policy.num_attention_heads * policy.head_dim
+        inner = policy.intermediate_size or policy.num_experts * policy.moe_intermediate_size
+        feed_forward = 3 * policy.hidden_size * (inner + policy.shared_expert_intermediate_size)
+        parameters = len(policy.layer_types) * (mixer + feed_forward) + policy.vocab_size * policy.hidden_size
+    gib = parameters / 2**30
+    wide = learner.dtype == "bfloat16"
+    learner_gib = gib * ((2 + 2 + 16) if wide else 16)  # weights, gradients, float32 masters and moments
+    engine_gib = gib * (2 if engine.dtype == "bfloat16" else 4) + engine.kv_cache_gib
+    return [
+        ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
+        (f"rollout ({engine.engine})", engine.workers, 1.0, engine.gpu_share, 0.9 + engine_gib),
+        ("verifier", config.verifier_workers, 1.0, 0.0, 0.3),
+    ]
+
+
 def validate(config: ReasonConfig) -> None:
     """Refuse what cannot train, before anything is started."""
     rl = config.rl
