@@ -11,7 +11,6 @@ lists a job's settings.
 """
 
 import dataclasses
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence

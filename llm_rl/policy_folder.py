@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.language.checkpoint import save_pretrained
-from models.language.config import LanguageConfig
-from models.language.decoder import Decoder
-
 from envs.reasoning.problem import Problem
 from llm_rl.config import PolicyConfig
 from llm_rl.tokenizer import train_tokenizer
 from models.errors import UserError
+from models.language.checkpoint import save_pretrained
+from models.language.config import LanguageConfig
+from models.language.decoder import Decoder
 from models.seeding import derive_seed
 
 
