@@ -48,7 +48,7 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
     os.environ.update(_SETTINGS)
     ray._private.worker.print_to_stdstream = partial(_write_messages, log.resolve())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         try:
             ray.init(address=address, **quiet)
@@ -85,7 +85,7 @@ def _write_messages(log: Path, data: Mapping[str, Any], ignore_prefix: bool) -> 
 
 def _drop_helpers() -> None:
     """End three processes that ray.init starts whether they are wanted or not: 270 MB of resident memory."""
-    node = ray._private.worker._global_node
+    node: Any = ray._private.worker._global_node
     for end in (node.kill_monitor, node.kill_log_monitor, node.kill_dashboard):
         end(check_alive=False)
 
