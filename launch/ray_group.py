@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from launch.autopsy import BirthRecord, cause_of_death, last_lines
@@ -61,7 +60,7 @@ class _Call:
 class _Life:
     """One process of an actor, from start to end."""
 
-    handle: ActorHandle
+    handle: Any  # of the Host
     birth: BirthRecord
     pending: deque[_Call] = field(default_factory=deque)
     setup: list[_Call] = field(default_factory=list)  # what is left of building it and giving it its state
@@ -106,7 +105,7 @@ class RayGroup:
         self.resources = resources
         self.closed = False
         self._cls, self._args, self._kwargs = cls, args, kwargs
-        self._host = ray.remote(Host).options(
+        self._host: Any = ray.remote(Host).options(
             num_cpus=resources.get("cpu", 1),
             num_gpus=resources.get("gpu", 0),
             max_restarts=0,
