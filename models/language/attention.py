@@ -1,0 +1,78 @@
+"""Softmax attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245) and QK-norm (Qwen3)."""
+
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from models.language.cache import KeyValueCache
+from models.language.config import LanguageConfig
+from models.language.norm import RMSNorm
+from models.language.packing import Packing
+from models.language.rope import rotate
+
+# torch 2.11 groups heads by itself; later releases want to be told.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class SoftmaxAttention(nn.Module):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.kv_heads = config.num_key_value_heads
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def empty_cache(self, batch: int, max_len: int) -> KeyValueCache:
+        weight = self.q_proj.weight
+        return KeyValueCache(batch, max_len, self.kv_heads, self.head_dim, weight.dtype, weight.device)
+
+    def forward(
+        self, x_TD: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor], cache: KeyValueCache | None
+    ) -> Tensor:
+        q_THC = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
+        k_TKC = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
+        v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            o_THC = cached_attention(q_THC, k_TKC, v_TKC, packing, cache)
+        else:
+            o_THC = packed_attention(q_THC, k_TKC, v_TKC, packing)
+        return self.o_proj(o_THC.flatten(-2))
+
+
+def packed_attention(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, packing: Packing) -> Tensor:
+    """Causal attention within each sequence of the pack, [T, H, C]."""
+    if q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16):
+        seqlens, longest = packing.cu_seqlens, packing.max_len
+        window = (-1, 0)  # every token to the left, none to the right
+        o_THC = varlen_attn(q_THC, k_TKC, v_TKC, seqlens, seqlens, longest, longest, window_size=window, **_GROUPED)
+        return cast(Tensor, o_THC)
+    # Padding lies to the right, so a causal mask already hides it from every real token.
+    q, k, v = (packing.pad(x).transpose(1, 2) for x in (q_THC, k_TKC, v_TKC))
+    o_BHLC = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return packing.unpad(o_BHLC.transpose(1, 2))
+
+
+def cached_attention(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, packing: Packing, cache: KeyValueCache) -> Tensor:
+    """Write the new keys and values to the cache and attend to all that it holds, [T, H, C]."""
+    cache.keys[packing.sequence_T, packing.positions_T] = k_TKC
+    cache.values[packing.sequence_T, packing.positions_T] = v_TKC
+    if not any(packing.starts):
+        return packed_attention(q_THC, k_TKC, v_TKC, packing)
+    total = max(start + length for start, length in zip(packing.starts, packing.lengths))
+    k, v = (x[:, :total].transpose(1, 2) for x in (cache.keys, cache.values))
+    reach_BL = packing.pad(packing.positions_T)  # a padding query sees one key: finite, and dropped below
+    mask_B1LL = (torch.arange(total, device=reach_BL.device) <= reach_BL[..., None])[:, None]
+    o_BHLC = F.scaled_dot_product_attention(
+        packing.pad(q_THC).transpose(1, 2), k, v, attn_mask=mask_B1LL, enable_gqa=True
+    )
+    return packing.unpad(o_BHLC.transpose(1, 2))

@@ -1,0 +1,264 @@
+"""The shape of a policy: a superset of the Qwen3, Qwen3-MoE and Llama configurations."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.errors import UserError
+
+MIXER_KINDS = ("full_attention", "linear_attention")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "longstride")
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "longstride": "LongstrideForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. The fields after `rope_theta` belong to rope_type "llama3"."""
+
+    rope_type: str = "default"  # "default" or "llama3"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Field names are those of the Hugging Face configurations. The defaults make a 1.3M-parameter dense decoder."""
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 512  # of a dense MLP
+
+    layer_types: tuple[str, ...] = ()  # sequence mixer of each layer, of MIXER_KINDS; empty: all full_attention
+    qk_norm: bool = True  # RMSNorm on each head's query and key (Qwen3)
+    attention_bias: bool = False  # bias on q, k, v and o of full_attention
+
+    num_experts: int = 0  # 0: every MLP is dense
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 64
+    norm_topk_prob: bool = True  # the chosen experts' weights sum to 1
+    shared_expert_intermediate_size: int = 0  # 0: no shared expert
+    router_aux_loss_coef: float = 0.001
+    mlp_only_layers: tuple[int, ...] = ()  # layers with a dense MLP in a mixture-of-experts model
+    decoder_sparse_step: int = 1  # layer i is a mixture if (i + 1) is a multiple of this
+
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def mixer_kind(self, layer: int) -> str:
+        return self.layer_types[layer] if self.layer_types else "full_attention"
+
+    def is_moe(self, layer: int) -> bool:
+        return (
+            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def model_type(self) -> str:
+        """The plainest Hugging Face model type that holds this model; "longstride" where only ours does."""
+        layers = range(self.num_hidden_layers)
+        mixtures = any(self.is_moe(i) for i in layers)
+        if any(self.mixer_kind(i) != "full_attention" for i in layers) or self.shared_expert_intermediate_size:
+            return "longstride"
+        if self.qk_norm:
+            return "qwen3_moe" if mixtures else "qwen3"
+        if not mixtures and self.hidden_size % self.num_attention_heads == 0:
+            return "llama"
+        return "longstride"
+
+    def validate(self) -> "LanguageConfig":
+        """Return self. Raises UserError naming the field and the mend."""
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise UserError(f"model config: {name} is {getattr(self, name)}; it must be at least 1")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+            raise UserError(
+                f"model config: num_key_value_heads ({kv_heads}) does not divide num_attention_heads ({heads}); "
+                f"choose one of {divisors}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model config: head_dim is {self.head_dim}; rotary embedding needs an even number")
+        self._validate_layers()
+        self._validate_experts()
+        if self.rope.rope_type not in ("default", "llama3"):
+            raise UserError(
+                f"model config: rope_type {self.rope.rope_type!r} is not supported; use a checkpoint with 'default' "
+                "or 'llama3' rotary embedding"
+            )
+        if self.rope.rope_theta <= 0:
+            raise UserError(f"model config: rope_theta is {self.rope.rope_theta}; it must be positive")
+        if self.rope.rope_type == "llama3" and self.rope.high_freq_factor <= self.rope.low_freq_factor:
+            raise UserError("model config: high_freq_factor of the llama3 rope must be greater than low_freq_factor")
+        if self.rms_norm_eps <= 0:
+            raise UserError(
+                f"model config: rms_norm_eps is {self.rms_norm_eps}; it must be positive (for example 1e-6)"
+            )
+        for name, token in self._token_ids():
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"model config: {name} {token} is outside the vocabulary of {self.vocab_size}; "
+                    "raise vocab_size or correct the id"
+                )
+        return self
+
+    def _validate_layers(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise UserError(
+                f"model config: layer_types names {len(self.layer_types)} layers but num_hidden_layers is "
+                f"{self.num_hidden_layers}; give one kind per layer"
+            )
+        for kind in self.layer_types:
+            if kind not in MIXER_KINDS:
+                raise UserError(
+                    f"model config: layer_types has the unknown kind {kind!r}; the kinds are {', '.join(MIXER_KINDS)}"
+                )
+        for layer in self.mlp_only_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise UserError(
+                    f"model config: mlp_only_layers names layer {layer}; layers are 0 to {self.num_hidden_layers - 1}"
+                )
+
+    def _validate_experts(self) -> None:
+        if self.num_experts < 0:
+            raise UserError(f"model config: num_experts is {self.num_experts}; use 0 for a dense model")
+        if self.shared_expert_intermediate_size < 0:
+            raise UserError("model config: shared_expert_intermediate_size is negative; use 0 for no shared expert")
+        if self.num_experts == 0 and self.shared_expert_intermediate_size:
+            raise UserError("model config: shared_expert_intermediate_size needs num_experts > 0; set it to 0")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"model config: num_experts_per_tok is {self.num_experts_per_tok}; it must lie between 1 and "
+                f"num_experts ({self.num_experts})"
+            )
+
+    def _token_ids(self) -> list[tuple[str, int]]:
+        single = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
+        return [(n, t) for n, t in single if t is not None] + [("eos_token_id", t) for t in self.eos_token_id]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> "LanguageConfig":
+        """Read a Hugging Face configuration (the content of config.json). Raises UserError for what we cannot run."""
+        model_type = config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise UserError(
+                f"{source}: model_type {model_type!r} is not supported; use one of {', '.join(map(str, MODEL_TYPES))}"
+            )
+        for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
+            if config.get(key, wanted) != wanted:
+                raise UserError(f"{source}: {key} is {config[key]!r}; only {wanted!r} is supported")
+        if config.get("quantization_config"):
+            raise UserError(f"{source}: quantization_config is set; only unquantised checkpoints are supported")
+        missing = [name for name in _REQUIRED if config.get(name) is None]
+        if missing:
+            raise UserError(f"{source}: the field {missing[0]} is missing; is this the config.json of a causal LM?")
+
+        values: dict[str, Any] = {}
+        for field_ in dataclasses.fields(cls):
+            value = config.get(field_.name)
+            if value is None:
+                continue
+            if field_.type in (int, float, bool) and not isinstance(value, (int, field_.type)):
+                raise UserError(f"{source}: {field_.name} is {value!r}; it must be a number")
+            values[field_.name] = value
+        heads = config["num_attention_heads"]
+        if config.get("head_dim") is None:  # older Llama folders leave it out
+            values["head_dim"] = 128 if model_type.startswith("qwen3") else config["hidden_size"] // max(heads, 1)
+        if config.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads
+        values["layer_types"] = tuple(config.get("layer_types") or ())
+        values["mlp_only_layers"] = tuple(config.get("mlp_only_layers") or ())
+        values["rope"] = _rope_from_hf(config, source)
+        eos = config.get("eos_token_id")
+        values["eos_token_id"] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        if model_type != "longstride":
+            values["qk_norm"] = model_type != "llama"
+            values["shared_expert_intermediate_size"] = 0
+        if model_type == "qwen3_moe":
+            # transformers writes the class attribute's other name for the same field
+            values["num_experts"] = config.get("num_experts", config.get("num_local_experts", 128))
+            values.setdefault("norm_topk_prob", False)
+        elif model_type != "longstride":
+            values["num_experts"] = 0
+        values.setdefault("tie_word_embeddings", False)  # the default of transformers
+        return cls(**values).validate()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["rope_parameters"] = _rope_to_hf(values.pop("rope"))
+        values["eos_token_id"] = (
+            None
+            if not self.eos_token_id
+            else self.eos_token_id[0]
+            if len(self.eos_token_id) == 1
+            else [*self.eos_token_id]
+        )
+        values["layer_types"] = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
+        values["mlp_only_layers"] = list(self.mlp_only_layers)
+        model_type = self.model_type
+        dropped = set()
+        if model_type != "longstride":
+            dropped |= {"qk_norm", "shared_expert_intermediate_size"}
+        if model_type in ("qwen3", "llama"):
+            dropped |= _MOE_FIELDS
+        if model_type in ("qwen3_moe", "llama"):
+            dropped |= {"layer_types"}
+        values = {name: value for name, value in values.items() if name not in dropped}
+        return {
+            "architectures": [ARCHITECTURES[model_type]],
+            "model_type": model_type,
+            "hidden_act": "silu",
+            **values,
+        }
+
+
+_POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "decoder_sparse_step", "max_position_embeddings",
+)  # fmt: skip
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MOE_FIELDS = {
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef",
+    "mlp_only_layers", "decoder_sparse_step",
+}  # fmt: skip
+
+
+def _rope_from_hf(config: Mapping[str, Any], source: str) -> RopeConfig:
+    """transformers 5 keeps everything in `rope_parameters`; 4 had `rope_theta` and `rope_scaling` side by side."""
+    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    given["rope_type"] = given.pop("type", None) or given.get("rope_type", "default")
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    if given["rope_type"] == "llama3":
+        missing = {f.name for f in dataclasses.fields(RopeConfig)} - given.keys()
+        if missing:
+            raise UserError(f"{source}: the llama3 rope_parameters lack {', '.join(sorted(missing))}")
+    return RopeConfig(**{f.name: given[f.name] for f in dataclasses.fields(RopeConfig) if f.name in given})
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    if rope.rope_type == "default":
+        return {"rope_type": "default", "rope_theta": rope.rope_theta}
+    return dataclasses.asdict(rope)

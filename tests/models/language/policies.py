@@ -1,0 +1,35 @@
+"""Small policies of every family, with logits far from uniform."""
+
+from dataclasses import replace
+
+from models.language.config import LanguageConfig
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DENSE = LanguageConfig(**SHAPE, tie_word_embeddings=False)
+MOE = replace(DENSE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32)
+HYBRID = replace(
+    MOE,
+    layer_types=("linear_attention", "full_attention", "linear_attention"),
+    shared_expert_intermediate_size=32,
+    mlp_only_layers=(1,),
+    tie_word_embeddings=True,
+)
+POLICIES = {"dense": DENSE, "moe": MOE, "hybrid": HYBRID}

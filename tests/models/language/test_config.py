@@ -1,0 +1,95 @@
+"""Configurations: what they refuse, and what other software understands of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from models.errors import UserError
+from models.language.config import LanguageConfig, RopeConfig
+from models.language.rope import inverse_frequencies
+from tests.models.language.policies import DENSE, HYBRID, LLAMA3_ROPE, MOE, POLICIES, SHAPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads.*choose one of 1, 2, 4"),
+        ({"head_dim": 15}, "head_dim is 15.*even"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok is 9.*num_experts \(6\)"),
+        ({"num_experts": -1}, "num_experts is -1"),
+        ({"num_experts": 0, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size needs"),
+        ({"layer_types": ("full_attention",)}, "layer_types names 1 layers"),
+        ({"layer_types": ("full_attention", "mamba", "full_attention")}, "unknown kind 'mamba'.*linear_attention"),
+        ({"mlp_only_layers": (3,)}, "mlp_only_layers names layer 3"),
+        ({"rope": RopeConfig(rope_type="yarn")}, "rope_type 'yarn'"),
+        ({"rope": RopeConfig(rope_theta=0.0)}, "rope_theta is 0"),
+        ({"eos_token_id": (97,)}, "eos_token_id 97 is outside the vocabulary of 97"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+    ],
+)
+def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(MOE, **changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type"),
+    [
+        (DENSE, "qwen3"),
+        (MOE, "qwen3_moe"),
+        (HYBRID, "longstride"),
+        (replace(DENSE, qk_norm=False), "llama"),
+        (replace(DENSE, qk_norm=False, num_attention_heads=6), "longstride"),  # transformers wants hidden % heads == 0
+        (replace(MOE, qk_norm=False), "longstride"),
+        (replace(MOE, mlp_only_layers=(0, 1, 2)), "qwen3"),
+        (replace(MOE, shared_expert_intermediate_size=8), "longstride"),
+    ],
+)
+def test_model_type_is_the_plainest_that_holds_the_model(config: LanguageConfig, model_type: str) -> None:
+    assert config.to_hf()["model_type"] == model_type
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_round_trip(name: str) -> None:
+    config = replace(POLICIES[name], eos_token_id=(3, 4), bos_token_id=1, rope=RopeConfig(**LLAMA3_ROPE))
+    again = LanguageConfig.from_hf(config.to_hf())
+    assert again.to_hf() == config.to_hf()
+    assert again.eos_token_id == (3, 4)
+    assert again.rope == config.rope
+
+
+@pytest.mark.parametrize("kind", [Qwen3Config, Qwen3MoeConfig, LlamaConfig])
+def test_defaults_of_transformers_are_ours(kind: type) -> None:
+    config = LanguageConfig.from_hf(kind(**SHAPE).to_dict())
+    theirs = kind(**LanguageConfig.to_hf(config)).to_dict()
+    for name, value in kind(**SHAPE).to_dict().items():
+        if name not in ("architectures", "dtype", "layer_types", "transformers_version", "num_experts"):
+            assert theirs[name] == value, name
+
+
+def test_configs_of_transformers_4() -> None:
+    """rope_theta and rope_scaling side by side, head_dim left out."""
+    old = {"model_type": "llama", **SHAPE, "rope_theta": 5e5, "rope_scaling": {**LLAMA3_ROPE, "type": "llama3"}}
+    del old["head_dim"], old["rope_scaling"]["rope_theta"]
+    config = LanguageConfig.from_hf(old)
+    assert config.rope == RopeConfig(**LLAMA3_ROPE)
+    assert config.head_dim == 16
+    assert not config.qk_norm
+    with pytest.raises(UserError, match="lack factor"):
+        LanguageConfig.from_hf(
+            old | {"rope_scaling": {k: 1 for k in LLAMA3_ROPE if k != "factor"} | {"type": "llama3"}}
+        )
+
+
+def test_llama3_frequencies_equal_those_of_transformers() -> None:
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**SHAPE | {"head_dim": 64}, rope_parameters=LLAMA3_ROPE))
+    ours = inverse_frequencies(RopeConfig(**LLAMA3_ROPE), 64)
+    plain = inverse_frequencies(RopeConfig(rope_theta=5e5), 64)
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+    changed = ~torch.isclose(ours, plain)
+    assert changed.any()
+    assert not changed.all()
