@@ -131,7 +131,10 @@ class RayBackend:
             "OMP_NUM_THREADS": str(max(1, int(resources.get("cpu", 1)))),
             "PYTHONPATH": _import_path(),
         }
-        group = RayGroup(cls, count, resources, args, kwargs, name, self._logs, variables, self._announce)
+        # On a machine of our own Ray need not share out cores: learner and rollouts take turns on the same ones, and
+        # "cpu" is the number of threads. GPUs are shared out everywhere.
+        placement = resources if self._joined else {**resources, "cpu": 0}
+        group = RayGroup(cls, count, placement, args, kwargs, name, self._logs, variables, self._announce)
         self._groups.append(group)
         return group
 
@@ -145,17 +148,16 @@ class RayBackend:
             stop()
 
     def _check_room(self, name: str, count: int, resources: Mapping[str, float]) -> None:
-        """Ray would wait for ever for a place that this machine does not have."""
-        total = ray.cluster_resources()
+        """Ray would wait for ever for GPUs that this machine does not have."""
+        total = ray.cluster_resources().get("GPU", 0)
         open_groups = [group for group in self._groups if not group.closed]
-        for kind, label in (("cpu", "CPU"), ("gpu", "GPU")):
-            wanted = count * resources.get(kind, 0)
-            taken = sum(len(group) * group.resources.get(kind, 0) for group in open_groups)
-            if taken + wanted > total.get(label, 0) + 1e-6:
-                raise UserError(
-                    f"{count} x {name} need {wanted:g} {label}s, and other actors hold {taken:g} of this machine's "
-                    f"{total.get(label, 0):g}: ask for fewer actors, or join a larger cluster with --ray-address"
-                )
+        wanted = count * resources.get("gpu", 0)
+        taken = sum(len(group) * group.resources.get("gpu", 0) for group in open_groups)
+        if taken + wanted > total + 1e-6:
+            raise UserError(
+                f"{count} x {name} need {wanted:g} GPUs, and other actors hold {taken:g} of this machine's {total:g}: "
+                "ask for fewer actors or smaller shares, or join a larger cluster with --ray-address"
+            )
 
 
 def _import_path() -> str:
