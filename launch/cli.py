@@ -198,6 +198,6 @@ def _print_plan(job: jobs.Job, config: Any) -> None:
     plan = job.plan(config.job)
     if plan:
         rows = [[what, str(count), f"{cpu:g}", f"{gpu:g}", f"{gib:.2f}"] for what, count, cpu, gpu, gib in plan]
-        totals = [sum(row[1] * row[i] for row in plan) for i in (2, 3, 4)]
-        rows.append(["total", "", f"{totals[0]:g}", f"{totals[1]:g}", f"{totals[2]:.2f}"])
+        cpus, gpus, memory = (sum(row[1] * float(row[i]) for row in plan) for i in (2, 3, 4))
+        rows.append(["total", "", f"{cpus:g}", f"{gpus:g}", f"{memory:.2f}"])
         RunConsole("plan").table("placement", ["what", "count", "CPUs each", "GPUs each", "GiB each"], rows)

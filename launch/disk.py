@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader, or a crash, never meets half a file; and saying what to do when the disk refuses."""
+"""Writing to disk so that neither a reader nor a crash meets half a file, and saying what to do if it is refused."""
 
 import errno
 import os

@@ -50,4 +50,9 @@ def find(name: str) -> Job:
 
 def _load(path: str) -> Any:
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"this job needs the module {module}, which is not part of this installation") from error

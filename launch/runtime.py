@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from launch.checkpoint import Checkpoint, CheckpointStore
 from launch.config import RunConfig
 from launch.console import RunConsole
-from launch.disk import refusals_explained
+from launch.disk import refusals_explained, write_atomically
 from launch.metrics import MetricsFiles
 from launch.run import ActorGroup, Shared
 from launch.run_directory import RunDirectory
@@ -42,7 +42,6 @@ class Runtime:
         self._started = time.monotonic()
         self._backend: Backend | None = None
         self._step = self.started_from
-        self._recorded: set[int] = set()
         self._logged: dict[str, float] = {}
         self._summarized: dict[str, float] = {}
         self._open()
@@ -85,15 +84,13 @@ class Runtime:
         self._metrics.write(step, figures)
         self.console.step(step, figures, total)
 
-    def record(self, step: int, rows: list[dict[str, Any]]) -> None:
-        path = self._files.rollouts / f"step-{step}.jsonl"
-        with refusals_explained(path, "write"), path.open("a" if step in self._recorded else "w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._recorded.add(step)
+    def record(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
+        path = self._files.rollouts / f"{step}-{kind}.jsonl"
+        with refusals_explained(path, "write"):
+            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
         self._summarized.update({name: float(value) for name, value in metrics.items()})
-        earlier = self._files.read_summary().get("metrics", {})
         self._files.write_summary(
             {
                 "job": self.job,
@@ -101,9 +98,12 @@ class Runtime:
                 "seed": self.seed,
                 "steps": self._step,
                 "wall_s": round(self._wall_s(), 3),
-                "metrics": {**earlier, **self._logged, **self._summarized},
+                "metrics": {**self.summary_metrics(), **self._logged, **self._summarized},
             }
         )
+
+    def summary_metrics(self) -> dict[str, float]:
+        return self._files.read_summary().get("metrics", {})
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         self.console.table(title, columns, rows)
@@ -156,19 +156,10 @@ class EvaluationRuntime(Runtime):
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
         raise RuntimeError("an evaluation does not save checkpoints")
 
-    def record(self, step: int, rows: list[dict[str, Any]]) -> None:
-        folder = self._files.rollouts / f"evaluation-of-{self.started_from}"
-        with refusals_explained(folder, "write in"):
-            folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step}.jsonl"
-        with refusals_explained(path, "write"), path.open("a" if step in self._recorded else "w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._recorded.add(step)
-
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
         self._summarized.update({name: float(value) for name, value in metrics.items()})
         summary = self._files.read_summary()
-        summary["metrics"] = {**summary.get("metrics", {}), **self._summarized}
+        summary["metrics"] = {**self.summary_metrics(), **self._summarized}
         self._files.write_summary(summary)
 
     def finish(self, status: str) -> None:
