@@ -102,13 +102,17 @@ class Run(Protocol):
         """Return the state of the newest complete checkpoint of this run, or None for a fresh run."""
         ...
 
-    def record(self, step: int, rows: "list[dict[str, Any]]") -> None:
-        """Append rows (completions with their rewards) to rollouts/step-<step>.jsonl, replacing what an interrupted
-        attempt at the same step left there."""
+    def record(self, step: int, kind: str, rows: "list[dict[str, Any]]") -> None:
+        """Write rows (completions with their rewards) to rollouts/<step>-<kind>.jsonl, whole and atomically: what an
+        interrupted attempt at the same step left there is replaced."""
         ...
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
         """Merge final figures into summary.json (written atomically; also after each evaluation)."""
+        ...
+
+    def summary_metrics(self) -> dict[str, float]:
+        """The metrics that summary.json holds so far (also those of the run before it was resumed)."""
         ...
 
     def table(self, title: str, columns: list[str], rows: "list[list[str]]") -> None:

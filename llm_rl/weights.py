@@ -1,18 +1,23 @@
-"""Weights on their way from learner to generator through the object store: checkpoint names and numpy arrays.
+"""Weights on their way from the learner to the generators, under checkpoint names.
 
-numpy has no bfloat16, so such tensors travel as their bits under a marked name. Ray hands numpy arrays to actors
-without a copy.
+On the CPU they travel through the object store as numpy arrays, which Ray hands to actors without a copy. On one GPU
+the learner writes them into one flat buffer that the generators map once (CUDA IPC) and read at every sync; nothing
+but the layout travels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-BF16 = "@bf16"
+BF16 = "@bf16"  # numpy has no bfloat16: such a tensor travels as its bits under a marked name
+HANDLE = "@cuda"
+ALIGN = 16  # bytes; a view of another dtype must start at a multiple of its size
 
 
-def export(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+def export(named: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
     """Copy tensors (any device, float32 or bfloat16) to host arrays."""
     arrays = {}
     for name, tensor in named:
@@ -24,11 +29,56 @@ def export(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def tensors(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The inverse of `export`. The tensors may share read-only memory with the object store: copy, don't write."""
-    for name, array in arrays.items():
+class CudaExport:
+    """The learner's end of the shared buffer. The buffer lives as long as this object."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.layout: list[tuple[str, str, list[int], int]] = []  # name, dtype, shape, byte offset
+
+    @torch.no_grad()
+    def __call__(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        """Write the tensors and return the handle with the layout. Blocks until the copies are done."""
+        tensors = [(name, tensor.detach().contiguous()) for name, tensor in named]
+        if self.buffer is None:
+            size = 0
+            for name, tensor in tensors:
+                self.layout.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
+                size += -(-tensor.nbytes // ALIGN) * ALIGN
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=tensors[0][1].device)
+        for (_, _, _, offset), (_, tensor) in zip(self.layout, tensors):
+            self.buffer[offset : offset + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+        torch.cuda.synchronize()
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        _, handle = reduce_tensor(self.buffer)
+        return {HANDLE: handle, "layout": self.layout}
+
+
+_mapped: dict[bytes, Tensor] = {}  # buffers of other processes that this process has opened, by handle
+
+
+def _open(handle: tuple[Any, ...]) -> Tensor:
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    key = handle[7]  # the IPC handle's bytes: the same allocation gives the same handle
+    if key not in _mapped:
+        _mapped[key] = rebuild_cuda_tensor(*handle)
+    return _mapped[key]
+
+
+def tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each weight. They may share memory with the sender: copy from them, never write."""
+    if HANDLE in weights:
+        buffer = _open(weights[HANDLE])
+        for name, dtype, shape, offset in weights["layout"]:
+            element = getattr(torch, dtype)
+            size = element.itemsize * int(np.prod(shape))
+            yield name, buffer[offset : offset + size].view(element).view(shape)
+        return
+    for name, array in weights.items():
         if not array.flags.writeable:
-            array = array.copy()  # torch refuses to promise anything about read-only memory
+            array = array.copy()  # torch cannot promise to leave read-only memory alone
         tensor = torch.from_numpy(array)
         if name.endswith(BF16):
             yield name.removesuffix(BF16), tensor.view(torch.bfloat16)

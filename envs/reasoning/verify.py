@@ -1,0 +1,81 @@
+"""The checks: what a completion is worth. They run in the worker processes of `envs.reasoning.verifier_pool`.
+
+A check may hang, crash or eat memory on a hostile completion; the pool is what contains it.
+"""
+
+import re
+from collections.abc import Callable
+
+from envs.reasoning import gym_dataset
+from envs.reasoning.answers import extract_answer
+from envs.reasoning.problem import Problem, Verdict
+
+Check = Callable[[Problem, str], Verdict]  # (problem, completion) → verdict
+
+CHECKS: dict[str, Check] = {}
+
+
+def register(name: str) -> Callable[[Check], Check]:
+    """Register a check under the name that `Problem.verifier` calls it by."""
+
+    def add(check: Check) -> Check:
+        if name in CHECKS:
+            raise ValueError(f"verifier `{name}` is registered already")
+        CHECKS[name] = check
+        return check
+
+    return add
+
+
+def verdict_of(reward: float) -> Verdict:
+    """Name the reason of a reward."""
+    graded = Verdict(reward, "partial" if reward > 0.0 else "wrong")
+    return Verdict(reward, "correct") if graded.correct else graded
+
+
+UNPARSABLE = Verdict(0.0, "unparsable")
+
+
+@register("exact")
+def exact(problem: Problem, completion: str) -> Verdict:
+    """The answer is the same text, up to white space."""
+    answer = extract_answer(completion)
+    if answer is None:
+        return UNPARSABLE
+    return verdict_of(float(answer.split() == problem.answer.split()))
+
+
+@register("gym")
+def gym(problem: Problem, completion: str) -> Verdict:
+    """The reasoning-gym dataset's own score, which may be partial."""
+    answer = extract_answer(completion)
+    return UNPARSABLE if answer is None else verdict_of(gym_dataset.score(answer, problem.metadata))
+
+
+# math-verify ends its own work by SIGALRM, softly, before the pool kills the process. It counts whole seconds.
+_MATH_TIMEOUT_S = 2
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}[ ,:]+[A-Za-z]{2,}")
+
+
+@register("math")
+def math_equal(problem: Problem, completion: str) -> Verdict:
+    """The answer is mathematically equal to the problem's (math-verify on LaTeX, numbers and plain expressions)."""
+    answer = extract_answer(completion)
+    if answer is None:
+        return UNPARSABLE
+    if answer.split() == problem.answer.split():
+        return verdict_of(1.0)
+    import math_verify
+
+    parsed = math_verify.parse(_as_latex(answer), parsing_timeout=_MATH_TIMEOUT_S)
+    if not parsed:
+        return UNPARSABLE
+    gold = math_verify.parse(_as_latex(problem.answer), parsing_timeout=_MATH_TIMEOUT_S)
+    if not gold:
+        raise ValueError(f"math-verify cannot read the answer `{problem.answer}` of {problem.id}: use `exact`")
+    return verdict_of(float(math_verify.verify(gold, parsed, timeout_seconds=_MATH_TIMEOUT_S)))
+
+
+def _as_latex(answer: str) -> str:
+    """A bare expression is boxed, so that all of it is read; from a sentence math-verify extracts the expression."""
+    return answer if _PROSE.search(answer) else f"\\boxed{{{answer.strip('$')}}}"

@@ -1,0 +1,203 @@
+"""The `longstride` command.
+
+longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--any.config.field value]
+longstride evaluate RUN_OR_CHECKPOINT [--any.config.field value]
+longstride resume RUN
+longstride runs
+longstride doctor
+
+RUN is the name of a run under --runs-dir, the path of a run directory, or `latest`. `longstride train JOB --help`
+lists a job's settings.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from launch import jobs
+from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, nearest, parse, read_recipe
+from launch.console import RunConsole
+from launch.run_directory import RunDirectory
+from models.errors import UserError
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(__doc__)
+        print("jobs:", ", ".join(jobs.JOBS))
+        return 0 if arguments else USER_ERROR
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}: did you mean {nearest(command, COMMANDS)}?")
+        return COMMANDS[command](rest)
+    except UserError as error:
+        print(f"longstride: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def train(arguments: Sequence[str]) -> int:
+    name, flags = _positional("train", "JOB", arguments)
+    job = jobs.find(name)
+    prog = f"longstride train {name}"
+    combined = combine("Train", options=TrainOptions, run=RunConfig, job=job.config_class())
+    options, _ = tyro.cli(TrainOptions, args=flags, return_unknown_args=True, add_help=False)
+    base = combined()
+    if options.recipe:
+        base = apply_entries(combined, read_recipe(options.recipe, name), f"recipe {options.recipe}")
+    config = parse(combined, flags, base, source=f"train {name}", prog=prog)
+    entries = {"job": name, **as_entries(config)}
+    for option in dataclasses.fields(TrainOptions):
+        del entries[option.name]
+    _check_device(config.run)
+    if config.options.dry_run:
+        print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
+        _print_plan(job, config)
+        return 0
+    trainer = job.trainer()
+    entries["name"] = config.run.name or _free_name(config.run.runs_dir, name)
+    directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
+    return _run(name, trainer, config, directory, None)
+
+
+def resume(arguments: Sequence[str]) -> int:
+    run, flags = _positional("resume", "RUN", arguments)
+    directory = RunDirectory.open(_runs_dir("resume", flags), run)
+    if directory.read_summary().get("status") == "finished":
+        raise UserError(f"{directory.root} is finished already: see its summary.json, or train under another --name")
+    if directory.is_live():
+        raise UserError(f"{directory.root} is still being written by another process: wait for it or end it")
+    job_name, job, config = _stored_config(directory)
+    _check_device(config.run)
+    from launch.checkpoint import CheckpointStore
+
+    checkpoint = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints).newest()
+    return _run(job_name, job.trainer(), config, directory, checkpoint)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    target, flags = _positional("evaluate", "RUN_OR_CHECKPOINT", arguments)
+    from launch.checkpoint import CheckpointStore, read
+
+    path = Path(target)
+    if path.parent.name == "checkpoints" and path.is_dir():
+        directory = RunDirectory.open(path.parent.parent.parent, path.resolve().parent.parent.name)
+        try:
+            checkpoint = read(path)
+            damage = checkpoint.damage()
+        except ValueError as error:
+            damage = str(error)
+        if damage:
+            raise UserError(f"the checkpoint {path} cannot be used: {damage}")
+    else:
+        where, _ = tyro.cli(_Where, args=flags, return_unknown_args=True, add_help=False)
+        directory = RunDirectory.open(where.runs_dir, target)
+        newest = CheckpointStore(directory.checkpoints, keep=1).newest()
+        if newest is None:
+            raise UserError(f"{directory.root} has no complete checkpoint yet: nothing to evaluate")
+        checkpoint = newest
+    name, job, config = _stored_config(directory, flags)
+    _check_device(config.run)
+    evaluator = job.evaluator()
+    if evaluator is None:
+        raise UserError(f"the job {name} has no evaluation of its own")
+    from launch.execution import execute
+    from launch.runtime import EvaluationRuntime
+
+    return execute(evaluator, config.job, EvaluationRuntime(name, config.run, directory, checkpoint))
+
+
+def runs(arguments: Sequence[str]) -> int:
+    rows = []
+    for directory in RunDirectory.all(_runs_dir("runs", arguments)):
+        summary = directory.read_summary()
+        status = summary.get("status", "killed")
+        if status == "running" and not directory.is_live():
+            status = "killed"
+        metric = next((f"{name} {value:.4g}" for name, value in reversed(summary.get("metrics", {}).items())), "")
+        rows.append([directory.name, str(directory.read_config()["job"]), status, str(summary.get("steps", 0)), metric])
+    RunConsole("runs").table("runs", ["run", "job", "status", "step", "metric"], rows)
+    return 0
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    from launch.doctor import report
+
+    return report(_runs_dir("doctor", arguments))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "resume": resume,
+    "runs": runs,
+    "doctor": doctor,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    runs_dir: Path = Path("runs")
+    """Folder that holds the run directories."""
+
+
+def _runs_dir(command: str, flags: Sequence[str]) -> Path:
+    combined = combine("Where", where=_Where)
+    return parse(combined, flags, source=command, prog=f"longstride {command}").where.runs_dir
+
+
+def _positional(command: str, what: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"usage: longstride {command} {what} [--flags]; the {what} comes first")
+    return arguments[0], list(arguments[1:])
+
+
+def _stored_config(directory: RunDirectory, flags: Sequence[str] = ()) -> tuple[str, jobs.Job, Any]:
+    entries = directory.read_config()
+    name = entries.pop("job")
+    job = jobs.find(name)
+    combined = combine("Stored", run=RunConfig, job=job.config_class())
+    stored = apply_entries(combined, entries, str(directory.config))
+    return name, job, parse(combined, flags, stored, source="evaluate", prog="longstride evaluate RUN")
+
+
+def _run(name: str, trainer: Any, config: Any, directory: RunDirectory, checkpoint: Any) -> int:
+    from launch.execution import execute
+    from launch.runtime import Runtime
+
+    return execute(trainer, config.job, Runtime(name, config.run, directory, checkpoint))
+
+
+def _check_device(run: RunConfig) -> None:
+    if run.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or see `longstride doctor`")
+
+
+def _free_name(runs_dir: Path, job: str) -> str:
+    name = f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, free = 2, name
+    while (runs_dir / free).exists():
+        number, free = number + 1, f"{name}-{number}"
+    return free
+
+
+def _print_plan(job: jobs.Job, config: Any) -> None:
+    plan = job.plan(config.job)
+    if plan:
+        rows = [[what, str(count), f"{cpu:g}", f"{gpu:g}", f"{gib:.2f}"] for what, count, cpu, gpu, gib in plan]
+        cpus, gpus, memory = (sum(row[1] * float(row[i]) for row in plan) for i in (2, 3, 4))
+        rows.append(["total", "", f"{cpus:g}", f"{gpus:g}", f"{memory:.2f}"])
+        RunConsole("plan").table("placement", ["what", "count", "CPUs each", "GPUs each", "GiB each"], rows)

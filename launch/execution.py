@@ -1,0 +1,62 @@
+"""Run one job from its first step to its exit code, whatever ends it."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from launch.runtime import Runtime
+from models.errors import UserError
+
+INTERRUPTED = 130
+
+
+def execute(function: Callable[[Any, Any], None], config: Any, run: Runtime) -> int:
+    """Call `function(config, run)`; settle the run's status; close the run; return the exit code.
+
+    Ctrl-C and SIGTERM end the job in order (status interrupted, exit code 130); a second one ends it at once.
+    Any other exception passes on after the status `failed` is written.
+    """
+    with _interruptible():
+        try:
+            function(config, run)
+            run.finish("finished")
+            return 0
+        except KeyboardInterrupt:
+            run.finish("interrupted")
+            return INTERRUPTED
+        except BaseException:
+            _settle_failure(run)
+            raise
+        finally:
+            run.close()
+
+
+def _settle_failure(run: Runtime) -> None:
+    try:
+        run.summarize({}, "failed")
+    except UserError as refusal:  # a full disk, say: the failure that got us here is the one to report
+        run.console.print(f"the summary could not be written: {refusal}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises KeyboardInterrupt; from then on each ends the process at once."""
+
+    def at_once(signum: int, frame: FrameType | None) -> None:
+        os._exit(INTERRUPTED)
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, at_once)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, first) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

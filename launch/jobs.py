@@ -1,0 +1,58 @@
+"""The jobs that `longstride train JOB` knows, by the paths of their functions; a job's code loads when it is used."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launch.config import nearest
+from models.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """config: the job's dataclass. train and evaluate: functions `(config, run) -> None`.
+
+    The module of `train` may define `plan(config) -> list[tuple[what, count, cpu, gpu, GiB]]`, shown by `--dry-run`.
+    """
+
+    config: str
+    train: str
+    evaluate: str | None = None
+
+    def config_class(self) -> type:
+        return _load(self.config)
+
+    def trainer(self) -> Callable[[Any, Any], None]:
+        return _load(self.train)
+
+    def evaluator(self) -> Callable[[Any, Any], None] | None:
+        return _load(self.evaluate) if self.evaluate else None
+
+    def plan(self, config: Any) -> list[tuple[str, int, float, float, float]]:
+        planner = getattr(importlib.import_module(self.train.partition(":")[0]), "plan", None)
+        return planner(config) if planner else []
+
+
+JOBS: dict[str, Job] = {
+    "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
+    "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
+    "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
+}
+
+
+def find(name: str) -> Job:
+    """Raises UserError naming the nearest job."""
+    if name not in JOBS:
+        raise UserError(f"unknown job {name!r}: did you mean {nearest(name, JOBS)}? Jobs: {', '.join(JOBS)}")
+    return JOBS[name]
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"this job needs the module {module}, which is not part of this installation") from error

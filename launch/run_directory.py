@@ -1,0 +1,142 @@
+"""The folder of one run: where each thing is, and who may write to it.
+
+runs/latest -> <name>
+runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollouts/  logs/
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from launch.config import nearest
+from launch.disk import refusals_explained, write_atomically
+from models.errors import UserError
+
+
+class RunDirectory:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.summary = root / "summary.json"
+        self.tensorboard = root / "tb"
+        self.checkpoints = root / "checkpoints"
+        self.rollouts = root / "rollouts"
+        self.logs = root / "logs"
+        self._lock: TextIO | None = None
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str, config: Mapping[str, Any]) -> "RunDirectory":
+        """Make the folder of a fresh run. Raises UserError if it exists or cannot be made."""
+        if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
+            raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
+        directory = cls(runs_dir / name)
+        with refusals_explained(directory.root, "create the run directory"):
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.root.mkdir()
+            except FileExistsError:
+                raise UserError(
+                    f"{directory.root} exists already: choose another --name, or continue it with "
+                    f"`longstride resume {name}`"
+                ) from None
+            for folder in (directory.tensorboard, directory.checkpoints, directory.rollouts, directory.logs):
+                folder.mkdir()
+            write_atomically(directory.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        return directory
+
+    @classmethod
+    def open(cls, runs_dir: Path, name: str) -> "RunDirectory":
+        """Find an existing run by its name under `runs_dir` (also `latest`) or by its path.
+
+        Raises UserError naming the nearest run if there is none.
+        """
+        for root in (runs_dir / name, Path(name)):
+            if (root / "config.yaml").is_file():
+                return cls(root.resolve())
+        known = [directory.name for directory in cls.all(runs_dir)]
+        hint = f"did you mean {nearest(name, known)}?" if known else "there is no run yet"
+        raise UserError(f"no run {name!r} under {runs_dir}: {hint}")
+
+    @classmethod
+    def all(cls, runs_dir: Path) -> "list[RunDirectory]":
+        """Every run, the oldest first."""
+        if not runs_dir.is_dir():
+            return []
+        roots = [path for path in runs_dir.iterdir() if not path.is_symlink() and (path / "config.yaml").is_file()]
+        return [cls(root) for root in sorted(roots, key=lambda root: (root / "config.yaml").stat().st_mtime)]
+
+    def read_config(self) -> dict[str, Any]:
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {self.config}: {' '.join(str(error).split())}") from error
+        if not isinstance(config, dict) or "job" not in config:
+            raise UserError(f"{self.config} does not name its job: restore the file as the run wrote it")
+        return config
+
+    def read_summary(self) -> dict[str, Any]:
+        """The run's summary, or {} before the first one."""
+        try:
+            return json.loads(self.summary.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        with refusals_explained(self.summary, "write"):
+            write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def lock(self) -> None:
+        """Become the run's only writer until `unlock` or death. Raises UserError if another process is.
+
+        The kernel drops the lock with the process, so a kill -9 leaves none behind, and a lock of this kind does not
+        pass to forked children, which may outlive it.
+        """
+        with refusals_explained(self.root, "lock"):
+            file = (self.root / ".lock").open("a+")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip()
+                file.close()
+                raise UserError(f"{self.root} is being written by process {owner}: wait for it or end it") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_live(self) -> bool:
+        """Whether some other process is writing this run now."""
+        path = self.root / ".lock"
+        if not path.exists() or self._lock is not None:
+            return False
+        with path.open("r+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def point_latest(self) -> None:
+        """Make runs/latest name this run."""
+        link = self.root.parent / "latest"
+        draft = link.with_name(f".latest.{os.getpid()}")
+        with refusals_explained(link, "create the link"):
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(self.root.name)
+            draft.replace(link)

@@ -1,0 +1,135 @@
+"""Configuration of the language jobs. Plain dataclasses: the command line and the YAML recipes are built from them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass
+class PolicyConfig:
+    """A policy made from scratch when `--model` names no folder. Names follow Hugging Face's Qwen3-MoE config."""
+
+    vocab_size: int = 512  # a byte-level BPE of this size is trained on the problems
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    layer_types: tuple[str, ...] = ("linear_attention", "full_attention", "linear_attention", "full_attention")
+    intermediate_size: int = 0  # 0: every MLP is a mixture of experts
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    shared_expert_intermediate_size: int = 0
+    max_position_embeddings: int = 1024
+    tie_word_embeddings: bool = True
+
+
+@dataclass
+class LoRASettings:
+    """rank 0 updates every weight; a positive rank trains low-rank adapters of the named linear layers."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass
+class LearnerConfig:
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute; with bfloat16 the optimizer keeps float32 masters
+    tokens_per_microbatch: int = 8192  # packed tokens in one forward and backward pass
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    router_aux_loss_coef: float = 0.01  # Switch load-balancing loss
+    router_z_loss_coef: float = 0.0
+    threads: int = 2  # CPU threads of the learner
+    gpu_share: float = 0.4  # share of a GPU that Ray accounts to the learner
+
+
+@dataclass
+class EngineConfig:
+    """Who samples. There is no fallback from one engine to the other."""
+
+    engine: Literal["vllm", "torch"] = "vllm"
+    workers: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: int = 128  # sequences decoded together by one worker
+    kv_cache_gib: float = 0.25
+    enforce_eager: bool = True
+    gpu_share: float = 0.3  # share of a GPU that Ray accounts to each worker
+    timeout_s: float = 600.0  # a rollout or weight-sync call that takes longer ends its worker
+
+
+@dataclass
+class SFTConfig:
+    """Supervised fine-tuning on the problems' worked solutions."""
+
+    problems: tuple[str, ...] = ()  # sources; () uses the job's own problems
+    count: int = 4096  # problems drawn from each generated source
+    steps: int = 0  # optimizer steps; 0 skips the phase
+    batch_size: int = 64  # examples per optimizer step
+    lr: float = 2e-3
+    warmup: int = 20
+    final_lr_ratio: float = 0.1  # cosine decay to this share of lr
+
+
+@dataclass
+class RLConfig:
+    """Policy optimisation as in Kimi k1.5, sections 2.3.2 to 2.3.4."""
+
+    iterations: int = 50
+    objective: Literal["mirror_descent", "grpo", "rloo", "rest"] = "mirror_descent"
+    problems_per_iteration: int = 32
+    samples: int = 8  # k completions per problem
+    minibatches: int = 4  # optimizer steps per iteration; whole groups stay together
+    lr: float = 3e-4
+    tau: float = 0.1  # weight of the pull towards the iteration's reference policy
+    temperature: float = 1.0
+    max_tokens: int = 128  # new tokens per completion
+    importance_cap: float = 2.0  # truncation of the learner/sampler importance ratio
+    length_reward: float = 0.0  # weight of the length reward; 0 leaves it off
+    length_reward_from: int = 0  # iteration at which the length reward starts
+    sampling: Literal["uniform", "prioritised"] = "prioritised"
+    curriculum: bool = True  # admit problems from easy to hard
+    admit_at: float = 0.6  # success rate at the current difficulty that admits the next one
+    lora: LoRASettings = field(default_factory=LoRASettings)
+
+
+@dataclass
+class EvalConfig:
+    """Held-out problems: never trained on, refused if one of them is among the training problems."""
+
+    problems: tuple[str, ...] = ()  # sources; () holds out problems of the training sources
+    count: int = 100  # problems from each source
+    samples: int = 4  # completions per problem for pass@1 and pass@k
+    every: int = 0  # RL iterations between evaluations; 0 evaluates at the phases' ends only
+
+
+@dataclass
+class LanguageJob:
+    """What `sft` and `reason` share."""
+
+    model: Path | None = None  # a Hugging Face folder (Qwen3, Qwen3-MoE, Llama, or ours); None makes `policy`
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    problems: tuple[str, ...] = ()  # `gym:FAMILY?param=value`, or a .jsonl/.parquet file
+    count: int = 2000  # problems drawn from each generated source
+    system_prompt: str = ""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save_every: int = 10  # RL iterations (or 20 times as many SFT steps) between checkpoints
+    verifier_workers: int = 1
+    verifier_timeout_s: float = 5.0
+
+
+@dataclass
+class ReasonConfig(LanguageJob):
+    rl: RLConfig = field(default_factory=RLConfig)
+
+
+@dataclass
+class SFTJobConfig(LanguageJob):
+    max_tokens: int = 128  # new tokens per completion in evaluation
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=500))

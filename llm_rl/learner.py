@@ -1,0 +1,180 @@
+"""The learner: one process that holds the policy with its optimizer, on the CPU or on one GPU.
+
+It runs as an actor. Losses are the pure functions of objective.py; this file packs samples into micro-batches,
+accumulates gradients over them and steps.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.lora import LoraConfig, attach
+from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
+from torch import Tensor
+
+from llm_rl.batch import PackedBatch, Sample, microbatches, pack
+from llm_rl.config import LearnerConfig, LoRASettings, RLConfig
+from llm_rl.logprobs import token_logprobs
+from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
+from llm_rl.optimizer import MasterAdamW
+from llm_rl.weights import CudaExport, export
+from models.errors import UserError
+
+
+class Learner:
+    def __init__(self, folder: Path, config: LearnerConfig, device: str) -> None:
+        torch.set_num_threads(config.threads)
+        self.config, self.device, self.folder = config, device, folder
+        self.model = load_pretrained(folder, dtype=getattr(torch, config.dtype), device=device)
+        self.optimizer = self._optimizer()
+        self.export = export if device == "cpu" else CudaExport()
+
+    def _optimizer(self) -> MasterAdamW:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return MasterAdamW(named, (self.config.beta1, self.config.beta2), self.config.weight_decay)
+
+    def attach_lora(self, settings: LoRASettings, seed: int) -> None:
+        """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
+        if settings.rank:
+            attach(self.model, LoraConfig(settings.rank, settings.alpha, settings.targets), seed)
+            self.optimizer = self._optimizer()
+
+    def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, list[RouterRecord]]:
+        trace: list[RouterRecord] = []
+        hidden_TD = self.model(batch.tokens_T, batch.packing, trace=trace)
+        return token_logprobs(hidden_TD[batch.predict_N], self.model.head_weight, batch.targets_N, temperature), trace
+
+    def _router_loss(self, trace: list[RouterRecord]) -> Tensor | float:
+        config = self.config
+        if not trace:
+            return 0.0
+        loss = config.router_aux_loss_coef * load_balancing_loss(trace)
+        return loss + config.router_z_loss_coef * router_z_loss(trace) if config.router_z_loss_coef else loss
+
+    def _step(self, lr: float) -> float:
+        """Clip and step; refuse a gradient that is not finite, so that the weights stay as they were."""
+        norm = self.optimizer.clip(self.config.max_grad_norm)
+        if norm != norm or norm == float("inf"):
+            self.optimizer.zero_grad()
+            raise UserError(
+                f"the loss or its gradient is not finite (gradient norm {norm}); the weights before this step and "
+                "the last checkpoint are kept: lower the learning rate or raise --rl.tau, then resume"
+            )
+        self.optimizer.step(lr)
+        return norm
+
+    def sft_step(self, samples: Sequence[Sample], lr: float) -> dict[str, float]:
+        """One optimizer step on worked solutions: mean negative log-likelihood per completion token."""
+        total_tokens = sum(len(sample.completion) for sample in samples)
+        lots = list(microbatches(samples, self.config.tokens_per_microbatch))
+        loss_sum, trace = 0.0, []
+        for lot in lots:
+            batch = pack([samples[i] for i in lot], self.device)
+            logprobs_N, trace = self._forward(batch)
+            loss = -logprobs_N.sum() / total_tokens
+            (loss + self._router_loss(trace) / len(lots)).backward()
+            self.optimizer.gather()
+            loss_sum += loss.item()
+        norm = self._step(lr)
+        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_load(trace)}
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
+        """Log-probabilities [C] of each sample's completion under the present weights."""
+        scores: dict[int, Tensor] = {}
+        for lot in microbatches(samples, self.config.tokens_per_microbatch):
+            batch = pack([samples[i] for i in lot], self.device)
+            logprobs_N, _ = self._forward(batch, temperature)
+            scores.update(zip(lot, logprobs_N.split([len(samples[i].completion) for i in lot])))
+        return [scores[i] for i in range(len(samples))]
+
+    def iterate(self, samples: Sequence[Sample], config: RLConfig, seed: int) -> dict[str, float]:
+        """One iteration of policy optimisation on the samples of the present policy (k1.5, section 2.3.2).
+
+        The policy at entry is the reference, and the optimizer starts without moments.
+        """
+        self.optimizer.reset()
+        reference = self.score(samples, config.temperature)
+        sampler = [torch.tensor(s.sampler_logprobs, device=self.device) for s in samples]
+        metrics = mismatch(torch.cat(reference), torch.cat(sampler))
+        objective = OBJECTIVES[config.objective]
+        losses, norms, weights, trace = [], [], [], []
+        for chosen in whole_groups(samples, config.minibatches, seed):
+            minibatch = [samples[i] for i in chosen]
+            lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
+            loss_sum = 0.0
+            for lot in lots:
+                packed = pack([minibatch[i] for i in lot], self.device)
+                logprobs_N, trace = self._forward(packed, config.temperature)
+                batch = PolicyBatch(
+                    logprobs_N,
+                    reference_N=torch.cat([reference[chosen[i]] for i in lot]),
+                    sampler_N=packed.sampler_N,
+                    sequence_N=packed.sequence_N,
+                    advantage_S=packed.advantage_S,
+                    denominator=len(minibatch),
+                )
+                weight_N = importance_weight(batch.reference_N, batch.sampler_N, config.importance_cap)
+                loss = objective(batch, weight_N, config.tau)
+                (loss + self._router_loss(trace) / len(lots)).backward()
+                self.optimizer.gather()
+                loss_sum += loss.item()
+                weights.append(weight_N.mean().item())
+            norms.append(self._step(config.lr))
+            losses.append(loss_sum)
+        metrics |= {
+            "train/loss": sum(losses) / len(losses),
+            "train/grad_norm": sum(norms) / len(norms),
+            "train/importance_weight": sum(weights) / len(weights),
+            "train/entropy": -torch.cat(sampler).mean().item(),  # of the sampled tokens: E[-log π] = H
+            "train/tokens": float(sum(len(s.completion) for s in samples)),
+        }
+        return metrics | _load(trace)
+
+    def weights(self) -> dict[str, Any]:
+        """The policy under checkpoint names, adapters merged, for the generators."""
+        return self.export(to_checkpoint(self.model))
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed learner needs, on the host."""
+        state = self.optimizer.state_dict()
+        if self.device != "cpu":
+            state = _to_host(state)
+        frozen = {name: p.detach().cpu() for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {"optimizer": state, "frozen": frozen}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        named = dict(self.model.named_parameters())
+        for name, value in state["frozen"].items():
+            named[name].copy_(torch.as_tensor(value))
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder (adapters merged) with the tokenizer that came with the policy."""
+        save_pretrained(self.model, folder, tokenizer_files_from=self.folder)
+
+
+def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iterator[list[int]]:
+    """Split sample indices into shuffled minibatches that never part the samples of one problem."""
+    groups: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.group, []).append(index)
+    keys = sorted(groups)
+    random.Random(seed).shuffle(keys)
+    minibatches = min(minibatches, len(keys))
+    for number in range(minibatches):
+        yield [index for key in keys[number::minibatches] for index in groups[key]]
+
+
+def _load(trace: list[RouterRecord]) -> dict[str, float]:
+    return {f"moe/{name}": value for name, value in expert_load(trace).items()} if trace else {}
+
+
+def _to_host(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _to_host(value) for key, value in tree.items()}
+    return tree.detach().cpu() if isinstance(tree, Tensor) else tree

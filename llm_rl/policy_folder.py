@@ -1,0 +1,58 @@
+"""The folder that a language run starts from: the user's model, or a policy made from scratch with its tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from envs.reasoning.problem import Problem
+from llm_rl.config import PolicyConfig
+from llm_rl.tokenizer import train_tokenizer
+from models.errors import UserError
+from models.language.checkpoint import save_pretrained
+from models.language.config import LanguageConfig
+from models.language.decoder import Decoder
+from models.seeding import derive_seed
+
+
+def policy_folder(
+    model: Path | None, config: PolicyConfig, problems: Sequence[Problem], target: Path, seed: int
+) -> Path:
+    """Return a Hugging Face folder. A fresh policy is written to `target` once; a resumed run finds it there."""
+    if model is not None:
+        if not model.is_dir():
+            raise UserError(f"--model {model}: no such folder; give a local Hugging Face folder with config.json")
+        return model
+    if not (target / "config.json").exists():
+        make_policy(config, problems, target, seed)
+    return target
+
+
+def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path, seed: int) -> None:
+    """Train a tokenizer on the problems and write a policy with random weights beside it."""
+    texts = [text for p in problems for text in (p.prompt, p.solution or p.answer)]
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    dense = config.intermediate_size > 0
+    language = LanguageConfig(
+        vocab_size=max(config.vocab_size, len(tokenizer)),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=len(config.layer_types),
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layer_types=config.layer_types,
+        intermediate_size=config.intermediate_size or config.moe_intermediate_size,
+        num_experts=0 if dense else config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        moe_intermediate_size=config.moe_intermediate_size,
+        shared_expert_intermediate_size=config.shared_expert_intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        qk_norm=True,
+        # keeps the variance of a projection's input (LeCun); the usual 0.02 suits widths of thousands
+        initializer_range=config.hidden_size**-0.5,
+        eos_token_id=(tokenizer.eos_token_id,),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(target)
+    save_pretrained(model, target)

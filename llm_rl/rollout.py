@@ -1,0 +1,88 @@
+"""Rollout workers: actors that own one generator each, and the driver's side of asking them."""
+
+import concurrent.futures
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_rl.config import EngineConfig
+from llm_rl.generator import Completion, Generator, SamplingConfig
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import ActorGroup
+
+ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not at the machine
+
+
+class RolloutWorker:
+    """One engine in one process. `context` is the longest prompt plus completion, in tokens."""
+
+    def __init__(self, folder: Path, config: EngineConfig, device: str, context: int, seed: int) -> None:
+        self.generator: Generator
+        if config.engine == "vllm":
+            from llm_rl.vllm_engine.generator import VLLMGenerator
+
+            self.generator = VLLMGenerator(
+                folder,
+                device=device,
+                dtype=config.dtype,
+                max_model_len=context,
+                max_num_seqs=config.max_num_seqs,
+                kv_cache_gib=config.kv_cache_gib,
+                enforce_eager=config.enforce_eager,
+                seed=seed,
+            )
+        else:
+            from llm_rl.torch_generator import TorchGenerator
+
+            self.generator = TorchGenerator(folder, device=device, dtype=config.dtype, max_num_seqs=config.max_num_seqs)
+
+    def load_weights(self, named: Mapping[str, Any], version: int) -> None:
+        self.generator.load_weights(named, version)
+
+    def rollout(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int
+    ) -> list[list[Completion]]:
+        return self.generator.generate(prompts, sampling, samples, seed)
+
+
+def collect(
+    workers: "ActorGroup",
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    samples: int,
+    seed: int,
+    timeout_s: float,
+    done: Callable[[list[int], list[list[Completion]]], None] | None = None,
+) -> list[list[Completion]]:
+    """Sample every prompt `samples` times, the prompts dealt out to the workers; in the order of `prompts`.
+
+    A share whose worker died is asked again with the same seed, so a death changes nothing but the time. `done` is
+    called with each share (indices, completions) as it arrives, while other workers still generate.
+    """
+    shares = {w: list(range(w, len(prompts), len(workers))) for w in range(min(len(workers), len(prompts)))}
+    results: list[list[Completion]] = [[] for _ in prompts]
+
+    def ask(worker: int) -> "concurrent.futures.Future[list[list[Completion]]]":
+        mine = [prompts[i] for i in shares[worker]]
+        share_seed = derive_seed(seed, "share", worker)
+        return workers.call(worker, "rollout", mine, sampling, samples, share_seed, timeout_s=timeout_s)
+
+    waiting = {ask(worker): (worker, 1) for worker in shares}
+    while waiting:
+        ready, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in ready:
+            worker, attempt = waiting.pop(future)
+            try:
+                completions = future.result()
+            except ConnectionError:
+                if attempt == ATTEMPTS:
+                    raise
+                waiting[ask(worker)] = (worker, attempt + 1)
+                continue
+            for index, group in zip(shares[worker], completions):
+                results[index] = group
+            if done:
+                done(shares[worker], completions)
+    return results

@@ -1,0 +1,171 @@
+"""What a language job works with: the policy's folder, its problems, the learner, the rollout workers, the verifiers.
+
+The job itself (sft.py, reason.py) is then a short loop over these verbs.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from envs.reasoning.verifier_pool import VerifierPool
+from models.language.checkpoint import read_config
+
+from envs.reasoning.problem import Problem, Verdict
+from llm_rl.batch import Sample
+from llm_rl.config import LanguageJob
+from llm_rl.evaluation import heldout_metrics
+from llm_rl.generator import Completion, SamplingConfig
+from llm_rl.learner import Learner
+from llm_rl.policy_folder import policy_folder
+from llm_rl.problem_sets import load_problem_sets
+from llm_rl.rollout import RolloutWorker, collect
+from llm_rl.sampler import family
+from llm_rl.tokenizer import Dialogue
+from models.errors import UserError
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import Run
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One completion with its verdict."""
+
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+class Session:
+    def __init__(self, config: LanguageJob, run: "Run", max_tokens: int, temperature: float) -> None:
+        self.config, self.run, self.temperature = config, run, temperature
+        self.sets = load_problem_sets(config, run.seed)
+        self.folder = policy_folder(
+            config.model, config.policy, self.sets.sft or self.sets.train, run.directory / "policy" / "init", run.seed
+        )
+        language = read_config(self.folder)
+        self.dialogue = Dialogue(self.folder, config.system_prompt)
+        self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
+        context = self._context(max_tokens, language.max_position_embeddings)
+        self.sampling = SamplingConfig(temperature, max_tokens, (self.dialogue.eos,))
+        gpu = run.device == "cuda"
+        engine, learner = config.engine, config.learner
+        self.learner = run.actors(
+            Learner,
+            1,
+            {"cpu": learner.threads, "gpu": learner.gpu_share if gpu else 0},
+            self.folder,
+            learner,
+            run.device,
+            name="learner",
+        )
+        self.workers = run.actors(
+            RolloutWorker,
+            engine.workers,
+            {"cpu": 1, "gpu": engine.gpu_share if gpu else 0},
+            self.folder,
+            engine,
+            run.device,
+            context,
+            run.seed,
+            name="rollout",
+        )
+        self.verifiers = VerifierPool(config.verifier_workers, config.verifier_timeout_s)
+        self.version = 0
+
+    def _context(self, max_tokens: int, limit: int) -> int:
+        """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""
+        longest = max(self.prompts, key=lambda id: len(self.prompts[id]))
+        context = len(self.prompts[longest]) + max_tokens
+        if context > limit:
+            raise UserError(
+                f"problem {longest}: its prompt of {len(self.prompts[longest])} tokens plus {max_tokens} new tokens "
+                f"exceed the policy's context of {limit}; shorten the prompt or lower --rl.max-tokens"
+            )
+        return min(limit, -(-context // 64) * 64)
+
+    def close(self) -> None:
+        self.verifiers.close()
+        self.workers.close()
+        self.learner.close()
+
+    def learn(self, method: str, *args: Any) -> Any:
+        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint."""
+        return self.learner.call(0, method, *args).result()
+
+    def sync(self) -> float:
+        """Bring the learner's weights to every worker; return the seconds it took."""
+        start = time.perf_counter()
+        self.version += 1
+        weights = self.learner.call(0, "weights", share_result=True).result()
+        timeout_s = self.config.engine.timeout_s
+        pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
+        for push in pushes:
+            with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
+                push.result()
+        return time.perf_counter() - start
+
+    def attempt(
+        self, problems: Sequence[Problem], sampling: SamplingConfig, samples: int, seed: int
+    ) -> list[list[Attempt]]:
+        """Sample every problem and verify; verification of one worker's share overlaps the others' generation."""
+        attempts: list[list[Attempt]] = [[] for _ in problems]
+
+        def verify(indices: list[int], completions: list[list[Completion]]) -> None:
+            texts = [[self.dialogue.text(c.tokens) for c in group] for group in completions]
+            owners = [problems[i] for i, group in zip(indices, texts) for _ in group]
+            verdicts = iter(self.verifiers.score(owners, [text for group in texts for text in group]))
+            for index, group, words in zip(indices, completions, texts):
+                attempts[index] = [Attempt(c, text, next(verdicts)) for c, text in zip(group, words)]
+
+        prompts = [self.prompts[p.id] for p in problems]
+        collect(self.workers, prompts, sampling, samples, seed, self.config.engine.timeout_s, verify)
+        return attempts
+
+    def evaluate(self, tag: str, step: int) -> dict[str, float]:
+        """Evaluate the workers' present weights on the held-out problems, record every completion."""
+        problems, config = self.sets.heldout, self.config.eval
+        greedy_sampling = SamplingConfig(0.0, self.sampling.max_tokens, self.sampling.stop_token_ids)
+        greedy = self.attempt(problems, greedy_sampling, 1, derive_seed(self.run.seed, "greedy", tag))
+        sampled = self.attempt(problems, self.sampling, config.samples, derive_seed(self.run.seed, "evaluate", tag))
+        metrics = heldout_metrics(
+            tag,
+            [family(p) for p in problems],
+            [row[0].verdict.correct for row in greedy],
+            [[a.verdict.correct for a in row] for row in sampled],
+            [[a.completion for a in row] for row in sampled],
+        )
+        self.record(step, f"heldout-{tag}", problems, sampled)
+        self.run.log(step, metrics)
+        self.run.summarize(metrics)
+        return metrics
+
+    def record(self, step: int, kind: str, problems: Sequence[Problem], attempts: Sequence[Sequence[Attempt]]) -> None:
+        """Keep every completion with its reward, for the run's rollouts/ folder."""
+        rows = [
+            {
+                "problem": problem.id,
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+                "completion": a.text,
+                "tokens": len(a.completion.tokens),
+                "finish": a.completion.finish,
+                "version": a.completion.version,
+                "reward": a.verdict.reward,
+                "reason": a.verdict.reason,
+            }
+            for problem, row in zip(problems, attempts)
+            for a in row
+        ]
+        self.run.record(step, kind, rows)
+
+    def worked(self, problems: Sequence[Problem]) -> list[Sample]:
+        """Worked solutions as training samples."""
+        return [
+            Sample(self.dialogue.prompt(p.prompt), self.dialogue.answer(p.solution), [])
+            for p in problems
+            if p.solution is not None
+        ]

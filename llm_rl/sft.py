@@ -1,0 +1,54 @@
+"""Supervised fine-tuning on worked solutions: the warm-up before RL (Kimi k1.5, section 2.2), and a job of its own."""
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+from llm_rl.config import SFTJobConfig
+from llm_rl.optimizer import cosine
+from llm_rl.session import Session
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import Run
+
+LOG_EVERY = 25  # optimizer steps per logged line
+
+
+def train(config: SFTJobConfig, run: "Run") -> None:
+    """The `sft` job: base evaluation, fine-tuning, evaluation, a Hugging Face folder in policy/final."""
+    session = Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
+    try:
+        state = run.restore()
+        if state is None:
+            session.evaluate("base", 0)
+        else:
+            session.learn("load_state", state["learner"])
+        finetune(session, run, start=state["step"] if state else 0)
+        session.sync()
+        session.evaluate("sft", config.sft.steps)
+        session.learn("save", run.directory / "policy" / "final")
+    finally:
+        session.close()
+
+
+def finetune(session: Session, run: "Run", start: int) -> None:
+    """Run the SFT steps from `start` on; checkpoints every 20 × save_every steps and at the end."""
+    config = session.config.sft
+    samples = session.worked(session.sets.sft)
+    total = config.steps
+    clock, tokens = time.perf_counter(), 0
+    for step in range(start, total):
+        rng = random.Random(derive_seed(run.seed, "sft", step))
+        batch = [samples[i] for i in rng.sample(range(len(samples)), min(config.batch_size, len(samples)))]
+        metrics = session.learn(
+            "sft_step", batch, config.lr * cosine(step, total, config.warmup, config.final_lr_ratio)
+        )
+        tokens += sum(len(sample) for sample in batch)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == total:
+            seconds = time.perf_counter() - clock
+            run.log(done, metrics | {"time/sft_tokens_per_s": tokens / seconds}, total)
+            clock, tokens = time.perf_counter(), 0
+        if done % (20 * session.config.save_every) == 0 or done == total:
+            run.save(done, {"phase": "sft", "step": done, "learner": session.learn("state")})

@@ -1,0 +1,84 @@
+"""Text to tokens and back: the tokenizer of a from-scratch policy, and the dialogue format of any policy."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from models.errors import UserError
+
+PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+MARKS = ("<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>"
+    "{% else %}<|user|>{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Each digit and each punctuation mark stands alone, so that numbers are spelled the same way everywhere.
+PIECES = Regex(r"\d| ?[^\s\w]| ?[^\W\d]+|\s")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with the dialogue marks as single tokens. Needs at least 256 + 6 entries."""
+    if vocab_size < 262:
+        raise UserError(f"--policy.vocab-size {vocab_size}: a byte-level vocabulary needs at least 262 entries")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special: list[str | AddedToken] = [PAD, EOS, USER, ASSISTANT, *MARKS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # the thinking marks are part of what a completion says, so decoding must keep them
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Dialogue:
+    """One policy's tokenizer with its chat format."""
+
+    def __init__(self, folder: Path, system_prompt: str = "") -> None:
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"{folder}: no usable tokenizer ({first}); put tokenizer.json beside config.json"
+            ) from error
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"{folder}: the tokenizer names no eos token; set eos_token in tokenizer_config.json")
+        self.system_prompt = system_prompt
+        self.eos: int = self.tokenizer.eos_token_id
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids up to where the policy begins to answer."""
+        if not self.tokenizer.chat_template:
+            text = f"{self.system_prompt}\n{question}\n" if self.system_prompt else f"{question}\n"
+            return self.tokenizer.encode(text)
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        messages.append({"role": "user", "content": question})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def answer(self, text: str) -> list[int]:
+        """Token ids of a worked solution, with the end token."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What a completion says, without its end token."""
+        kept = tokens[:-1] if tokens and tokens[-1] == self.eos else tokens
+        return self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,52 @@
+"""Curriculum and prioritised sampling: probabilities, admission, state."""
+
+import numpy as np
+
+from envs.reasoning.problem import Problem
+from llm_rl.sampler import FLOOR, ProblemSampler
+
+
+def problems(count: int, family: str = "gym:a", levels: int = 1) -> list[Problem]:
+    return [
+        Problem(f"{family}?x=1#{i}", f"{family}{i}", "1", "exact", difficulty=float(i % levels)) for i in range(count)
+    ]
+
+
+def test_draws_in_proportion_to_failure_rate() -> None:
+    sampler = ProblemSampler(problems(4), seed=0, prioritised=True, curriculum=False, admit_at=0.5)
+    sampler.success_P = np.array([0.0, 0.5, 0.8, 1.0])
+    drawn = np.bincount([sampler.sample(1, i)[0] for i in range(8000)], minlength=4) / 8000
+    weights = np.array([1.0, 0.5, 0.2, FLOOR])
+    np.testing.assert_allclose(drawn, weights / weights.sum(), atol=0.02)
+
+
+def test_draws_without_replacement_and_repeatably() -> None:
+    sampler = ProblemSampler(problems(50), seed=3, prioritised=True, curriculum=False, admit_at=0.5)
+    first = sampler.sample(20, 7)
+    assert len(set(first)) == 20
+    assert first == sampler.sample(20, 7)
+    assert first != sampler.sample(20, 8)
+    assert len(sampler.sample(500, 0)) == 50
+
+
+def test_curriculum_admits_the_next_level_of_the_family_that_succeeds() -> None:
+    both = problems(30, "gym:easy", 3) + problems(30, "gym:hard", 3)
+    sampler = ProblemSampler(both, seed=0, prioritised=False, curriculum=True, admit_at=0.6)
+    assert {both[i].difficulty for i in sampler.sample(60, 0)} == {0.0}
+    for iteration in range(40):
+        chosen = sampler.sample(10, iteration)
+        sampler.update(chosen, [1.0 if both[i].id.startswith("gym:easy") else 0.0 for i in chosen])
+    assert sampler.admitted == {"gym:easy": 2, "gym:hard": 0}
+    seen = {(both[i].id.split("?")[0], both[i].difficulty) for i in sampler.sample(60, 99)}
+    assert seen == {("gym:easy", 0.0), ("gym:easy", 1.0), ("gym:easy", 2.0), ("gym:hard", 0.0)}
+
+
+def test_state_restores_everything() -> None:
+    first = ProblemSampler(problems(40, levels=4), 1, prioritised=True, curriculum=True, admit_at=0.6)
+    for iteration in range(12):
+        first.update(chosen := first.sample(5, iteration), [0.7] * len(chosen))
+    second = ProblemSampler(problems(40, levels=4), 1, prioritised=True, curriculum=True, admit_at=0.6)
+    second.load_state(first.state())
+    assert second.sample(5, 12) == first.sample(5, 12)
+    assert second.metrics() == first.metrics()
+    assert second.visits_P.sum() == first.visits_P.sum() > 0
