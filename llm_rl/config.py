@@ -72,6 +72,7 @@ class SFTConfig:
     lr: float = 2e-3
     warmup: int = 20
     final_lr_ratio: float = 0.1  # cosine decay to this share of lr
+    direct_share: float = 0.0  # share of the examples that answer at once, with nothing between the thinking marks
 
 
 @dataclass

@@ -48,23 +48,24 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
     """The RL phase, from its beginning or from the state of a checkpoint."""
     rl, first = config.rl, config.sft.steps
     sampler = ProblemSampler(session.sets.train, run.seed, rl.sampling == "prioritised", rl.curriculum, rl.admit_at)
-    resumed = state is not None and state["phase"] == "rl"
-    if not resumed:
+    done = 0
+    if state is not None and state["phase"] == "rl":
+        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
+        session.learn("load_state", state["learner"])
+        sampler.load_state(state["sampler"])
+        done = state["step"] - first
+        session.version = state["version"] - 1  # the sync below is that of the checkpoint's weights
+        session.sync()
+    else:
         if state is not None:
             session.learn("load_state", state["learner"])
         session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
         session.sync()
         if config.sft.steps:
             session.evaluate("sft", first)
-    else:
-        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
-        session.learn("load_state", state["learner"])
-        sampler.load_state(state["sampler"])
-        session.version = state["version"] - 1
-        session.sync()
 
     total = first + rl.iterations
-    for iteration in range(state["step"] - first if resumed else 0, rl.iterations):
+    for iteration in range(done, rl.iterations):
         step, begin = first + iteration + 1, time.perf_counter()
         chosen = sampler.sample(rl.problems_per_iteration, iteration)
         problems = [session.sets.train[i] for i in chosen]

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llm_rl.config import EngineConfig
 from llm_rl.generator import Completion, Generator, SamplingConfig
 from models.seeding import derive_seed
@@ -36,7 +38,13 @@ class RolloutWorker:
         else:
             from llm_rl.torch_generator import TorchGenerator
 
-            self.generator = TorchGenerator(folder, device=device, dtype=config.dtype, max_num_seqs=config.max_num_seqs)
+            self.generator = TorchGenerator(
+                folder,
+                device=device,
+                dtype=getattr(torch, config.dtype),
+                max_model_len=context,
+                max_num_seqs=config.max_num_seqs,
+            )
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self.generator.load_weights(named, version)
