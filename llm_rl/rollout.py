@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llm_rl.config import EngineConfig
+from llm_rl.config import RolloutConfig
 from llm_rl.generator import Completion, Generator, SamplingConfig
 from models.seeding import derive_seed
 
@@ -20,9 +20,9 @@ ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not 
 class RolloutWorker:
     """One engine in one process. `context` is the longest prompt plus completion, in tokens."""
 
-    def __init__(self, folder: Path, config: EngineConfig, device: str, context: int, seed: int) -> None:
+    def __init__(self, folder: Path, engine: str, config: RolloutConfig, device: str, context: int, seed: int) -> None:
         self.generator: Generator
-        if config.engine == "vllm":
+        if engine == "vllm":
             from llm_rl.vllm_engine.generator import VLLMGenerator
 
             self.generator = VLLMGenerator(

@@ -57,7 +57,7 @@ class Session:
         context = self._context(max_tokens, language.max_position_embeddings)
         self.sampling = SamplingConfig(temperature, max_tokens, (self.dialogue.eos,))
         gpu = run.device == "cuda"
-        engine, learner = config.engine, config.learner
+        rollout, learner = config.rollout, config.learner
         self.learner = run.actors(
             Learner,
             1,
@@ -69,10 +69,11 @@ class Session:
         )
         self.workers = run.actors(
             RolloutWorker,
-            engine.workers,
-            {"cpu": 1, "gpu": engine.gpu_share if gpu else 0},
+            rollout.workers,
+            {"cpu": 1, "gpu": rollout.gpu_share if gpu else 0},
             self.folder,
-            engine,
+            config.engine,
+            rollout,
             run.device,
             context,
             run.seed,
@@ -106,7 +107,7 @@ class Session:
         start = time.perf_counter()
         self.version += 1
         weights = self.learner.call(0, "weights", share_result=True).result()
-        timeout_s = self.config.engine.timeout_s
+        timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
             with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
@@ -127,7 +128,7 @@ class Session:
                 attempts[index] = [Attempt(c, text, next(verdicts)) for c, text in zip(group, words)]
 
         prompts = [self.prompts[p.id] for p in problems]
-        collect(self.workers, prompts, sampling, samples, seed, self.config.engine.timeout_s, verify)
+        collect(self.workers, prompts, sampling, samples, seed, self.config.rollout.timeout_s, verify)
         return attempts
 
     def evaluate(self, tag: str, step: int) -> dict[str, float]:
