@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoraConfig, attach
-from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
@@ -22,6 +19,9 @@ from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatc
 from llm_rl.optimizer import MasterAdamW
 from llm_rl.weights import CudaExport, export
 from models.errors import UserError
+from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.lora import LoraConfig, attach
+from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 
 
 class Learner:
@@ -70,7 +70,8 @@ class Learner:
         """One optimizer step on worked solutions: mean negative log-likelihood per completion token."""
         total_tokens = sum(len(sample.completion) for sample in samples)
         lots = list(microbatches(samples, self.config.tokens_per_microbatch))
-        loss_sum, trace = 0.0, []
+        loss_sum = 0.0
+        trace: list[RouterRecord] = []
         for lot in lots:
             batch = pack([samples[i] for i in lot], self.device)
             logprobs_N, trace = self._forward(batch)
@@ -101,7 +102,8 @@ class Learner:
         sampler = [torch.tensor(s.sampler_logprobs, device=self.device) for s in samples]
         metrics = mismatch(torch.cat(reference), torch.cat(sampler))
         objective = OBJECTIVES[config.objective]
-        losses, norms, weights, trace = [], [], [], []
+        losses, norms, weights = [], [], []
+        trace: list[RouterRecord] = []
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))

@@ -48,23 +48,24 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
     """The RL phase, from its beginning or from the state of a checkpoint."""
     rl, first = config.rl, config.sft.steps
     sampler = ProblemSampler(session.sets.train, run.seed, rl.sampling == "prioritised", rl.curriculum, rl.admit_at)
-    resumed = state is not None and state["phase"] == "rl"
-    if not resumed:
+    done = 0
+    if state is not None and state["phase"] == "rl":
+        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
+        session.learn("load_state", state["learner"])
+        sampler.load_state(state["sampler"])
+        done = state["step"] - first
+        session.version = state["version"] - 1  # the sync below is that of the checkpoint's weights
+        session.sync()
+    else:
         if state is not None:
             session.learn("load_state", state["learner"])
         session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
         session.sync()
         if config.sft.steps:
             session.evaluate("sft", first)
-    else:
-        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
-        session.learn("load_state", state["learner"])
-        sampler.load_state(state["sampler"])
-        session.version = state["version"] - 1
-        session.sync()
 
     total = first + rl.iterations
-    for iteration in range(state["step"] - first if resumed else 0, rl.iterations):
+    for iteration in range(done, rl.iterations):
         step, begin = first + iteration + 1, time.perf_counter()
         chosen = sampler.sample(rl.problems_per_iteration, iteration)
         problems = [session.sets.train[i] for i in chosen]
@@ -150,7 +151,7 @@ def evaluate(config: ReasonConfig, run: "Run") -> None:
 
 def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     """What `--dry-run` shows: (what, count, CPUs, GPUs, GiB of memory each)."""
-    engine, learner, policy = config.engine, config.learner, config.policy
+    rollout, learner, policy = config.rollout, config.learner, config.policy
     if config.model:
         files = list(config.model.glob("*.safetensors"))
         parameters = sum(file.stat().st_size for file in files) / 2  # bfloat16 on disk
@@ -162,10 +163,10 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     gib = parameters / 2**30
     wide = learner.dtype == "bfloat16"
     learner_gib = gib * ((2 + 2 + 16) if wide else 16)  # weights, gradients, float32 masters and moments
-    engine_gib = gib * (2 if engine.dtype == "bfloat16" else 4) + engine.kv_cache_gib
+    engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
         ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
-        (f"rollout ({engine.engine})", engine.workers, 1.0, engine.gpu_share, 0.9 + engine_gib),
+        (f"rollout ({config.engine})", rollout.workers, 1.0, rollout.gpu_share, 0.9 + engine_gib),
         ("verifier", config.verifier_workers, 1.0, 0.0, 0.3),
     ]
 

@@ -35,7 +35,7 @@ def train(config: SFTJobConfig, run: "Run") -> None:
 def finetune(session: Session, run: "Run", start: int) -> None:
     """Run the SFT steps from `start` on; checkpoints every 20 × save_every steps and at the end."""
     config = session.config.sft
-    samples = session.worked(session.sets.sft)
+    samples = session.worked(session.sets.sft, config.direct_share)
     total = config.steps
     clock, tokens = time.perf_counter(), 0
     for step in range(start, total):
