@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from models.errors import UserError
+from models.language.config import LanguageConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ class Generator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def context_length(config: LanguageConfig, max_model_len: int | None) -> int:
+    """The longest prompt plus completion. Raises UserError if it is more than the model was made for."""
+    if max_model_len is None:
+        return config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise UserError(
+            f"a context of {max_model_len} tokens is longer than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}); shorten prompts or completions, or use another model"
+        )
+    return max_model_len
 
 
 def require_context(prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_model_len: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm_rl import weights
-from llm_rl.generator import Completion, SamplingConfig, require_context
+from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
 from models.language.cache import Cache
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained
 from models.language.packing import Packing
@@ -26,15 +26,15 @@ class TorchGenerator:
         model_folder: str | Path,
         *,
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str = "float32",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         version: int = 0,
     ) -> None:
         """max_model_len: longest prompt plus completion, the model's own limit if None. Raises UserError for a model
-        folder that cannot be read."""
-        self.model = load_pretrained(model_folder, dtype, device).requires_grad_(False)
-        self.max_model_len = max_model_len or self.model.config.max_position_embeddings
+        folder that cannot be read, or a max_model_len beyond that limit."""
+        self.model = load_pretrained(model_folder, getattr(torch, dtype), device).requires_grad_(False)
+        self.max_model_len = context_length(self.model.config, max_model_len)
         self.max_num_seqs = max_num_seqs
         self.version = version
         self.device = device

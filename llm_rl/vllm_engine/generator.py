@@ -10,9 +10,12 @@ import torch._dynamo
 from torch import Tensor
 
 from llm_rl import weights
-from llm_rl.generator import Completion, SamplingConfig, require_context
+from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
 from models.errors import UserError
 from models.language.checkpoint import read_config
+
+# Our model is written for eager torch: it is not compiled, but a step that only decodes is replayed as one CUDA graph.
+_OWN_MODEL_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 class VLLMGenerator:
@@ -38,33 +41,41 @@ class VLLMGenerator:
         """
         max_model_len: longest prompt plus completion; the model's own limit if None.
         max_num_seqs: sequences decoded at once. max_num_batched_tokens: tokens of one engine step; longer prompts
-        are read in several steps. kv_cache_gib: memory for keys, values and states.
+        are read in several steps. kv_cache_gib: memory for keys, values and states. enforce_eager: on a GPU, do not
+        compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager.
 
-        Raises UserError if vLLM is missing or cannot use the device, or the folder cannot be read.
+        Raises UserError if vLLM is missing, cannot use the device or refuses the settings, or the folder cannot be
+        read.
         """
         config = read_config(model_folder)
+        self.max_model_len = context_length(config, max_model_len)
         _set_environment(device)
         vllm = _import_vllm(device)
-        self.max_model_len = max_model_len or config.max_position_embeddings
         self.version = version
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
-        self._engine = vllm.LLM(
-            model=str(model_folder),
-            dtype=dtype,
-            skip_tokenizer_init=True,
-            max_model_len=self.max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-            enable_prefix_caching=False,  # a cached prefix rounds differently: the same call would not repeat itself
-            enforce_eager=enforce_eager,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # no sampling defaults from the folder
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=seed,
-        )
+        try:
+            self._engine = vllm.LLM(
+                model=str(model_folder),
+                dtype=dtype,
+                skip_tokenizer_init=True,
+                max_model_len=self.max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                enable_prefix_caching=False,  # a cached prefix rounds differently: no call would repeat itself
+                enforce_eager=enforce_eager or device == "cpu",
+                compilation_config=_OWN_MODEL_GRAPHS if config.model_type == "longstride" else {},
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # no sampling defaults from the folder
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=seed,
+            )
+        except ValueError as error:  # vLLM's word for settings that cannot work
+            reason = " ".join(str(error).split())
+            mend = "; raise kv_cache_gib or lower max_model_len" if "KV cache" in reason else ""
+            raise UserError(f"vLLM refuses these settings: {reason}{mend}") from None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int

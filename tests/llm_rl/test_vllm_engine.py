@@ -56,6 +56,7 @@ class Report:
     versions: list[int]
     too_long: str
     wrong_device: str
+    no_memory: str
 
 
 def _message(error: type[Exception], function: object, *args: object, **kwargs: object) -> str:
@@ -92,6 +93,7 @@ def run_engine(kind: str, folder: str) -> Report:
         versions=[],
         too_long=_message(UserError, engine.generate, [[1] * 250], SAMPLING, 1, 0),
         wrong_device=_message(UserError, VLLMGenerator, folder, device="cuda"),
+        no_memory=_message(UserError, VLLMGenerator, folder, kv_cache_gib=1e-5),
     )
     moved(model, seed=1)
     report.stale = difference(sampled())
@@ -162,6 +164,7 @@ def test_stop_tokens_end_a_completion_and_stay_in_it(report: Report) -> None:
 def test_bad_requests_give_one_clear_line(report: Report) -> None:
     assert "prompt 0 has 250 tokens" in report.too_long
     assert "not on cuda" in report.wrong_device
+    assert "raise kv_cache_gib" in report.no_memory
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
