@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Completion, Generator, SamplingConfig
 from models.seeding import derive_seed
@@ -41,7 +39,7 @@ class RolloutWorker:
             self.generator = TorchGenerator(
                 folder,
                 device=device,
-                dtype=getattr(torch, config.dtype),
+                dtype=config.dtype,
                 max_model_len=context,
                 max_num_seqs=config.max_num_seqs,
             )

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from llm_rl import weights
+from llm_rl.config import RolloutConfig
 from llm_rl.generator import Completion, SamplingConfig
+from llm_rl.rollout import RolloutWorker
 from llm_rl.torch_generator import TorchGenerator, sample
 from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
@@ -96,6 +98,20 @@ def test_prompts_that_cannot_be_served(prompts: list[list[int]], message: str, t
     ours = generator(Decoder(HYBRID).init_weights(0), tmp_path)
     with pytest.raises(UserError, match=message):
         ours.generate(prompts, SAMPLING, 1, 0)
+
+
+def test_a_rollout_worker_makes_one(model: Decoder, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    worker = RolloutWorker(tmp_path, "torch", RolloutConfig(dtype="float32"), device="cpu", context=80, seed=0)
+    groups = worker.rollout(PROMPTS, SAMPLING, 2, seed=0)
+    assert worst_difference(model, PROMPTS, groups, 0.8) <= 1e-5
+    with pytest.raises(UserError, match="context of 80"):
+        worker.rollout([[1] * 61], SAMPLING, 1, seed=0)
+
+
+def test_a_context_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"context of 257 tokens.*max_position_embeddings \(256\)"):
+        generator(Decoder(HYBRID).init_weights(0), tmp_path, max_model_len=257)
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
