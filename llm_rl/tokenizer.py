@@ -6,6 +6,7 @@ from typing import cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from models.errors import UserError
 
@@ -53,6 +54,7 @@ class Dialogue:
     """One policy's tokenizer with its chat format."""
 
     def __init__(self, folder: Path, system_prompt: str = "") -> None:
+        transformers_logging.set_verbosity_error()  # it warns of our model_type, which the tokenizer does not need
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
