@@ -74,7 +74,7 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         rolled = time.perf_counter()
         samples, metrics = judge(session, problems, attempts, rl, iteration)
         sampler.update(chosen, [sum(a.verdict.correct for a in row) / len(row) for row in attempts])
-        metrics |= session.learn("iterate", samples, rl, derive_seed(run.seed, "minibatches", iteration))
+        metrics |= session.learn("iterate", samples, rl, derive_seed(run.seed, "minibatches", iteration), step)
         learned = time.perf_counter()
         sync_s = session.sync()
         session.record(step, "train", problems, attempts)

@@ -39,13 +39,17 @@ def _family(name: str) -> Callable[[Callable[[Entry], Iterator[str]]], Callable[
 
 @_family("chain_sum")
 def _chain_sum(entry: Entry) -> Iterator[str]:
-    """Running totals: `4 - 1 - 7` → `4-1=3`, `3-7=-4`."""
+    """What is left of the sum after each operation: `4 - 1 - 7` → `3-7`, `-4`.
+
+    A line is a function of the line before it alone, whatever the length of the sum, so a policy can carry the rule
+    over to lengths that it has not seen.
+    """
     first, *rest = entry["metadata"]["expression"].split()
     total = int(first)
-    for sign, term in zip(rest[::2], rest[1::2]):
-        result = total + int(term) if sign == "+" else total - int(term)
-        yield f"{total}{sign}{term}={result}"
-        total = result
+    while rest:
+        sign, term, *rest = rest
+        total = total + int(term) if sign == "+" else total - int(term)
+        yield f"{total}{''.join(rest)}"
 
 
 @_family("products")
