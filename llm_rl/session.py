@@ -55,7 +55,8 @@ class Session:
         self.dialogue = Dialogue(self.folder, config.system_prompt)
         self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
-        self.sampling = SamplingConfig(temperature, max_tokens, (self.dialogue.eos,))
+        stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
+        self.sampling = SamplingConfig(temperature, max_tokens, stops)
         gpu = run.device == "cuda"
         rollout, learner = config.rollout, config.learner
         self.learner = run.actors(
