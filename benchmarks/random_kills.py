@@ -56,6 +56,8 @@ class Victim:
         self.process = self._start(self.first)
 
     def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        log = self.directory / "logs" / "rollout-0.log"
+        self.logged = log.stat().st_size if log.exists() else 0  # what lies before tells of earlier processes
         return subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
     def kill_driver(self) -> None:
@@ -65,9 +67,9 @@ class Victim:
         self.process = self._start(self.again if created else self.first)
 
     def kill_rollout(self) -> bool:
-        """False if there is no rollout process yet."""
+        """Kill the rollout process that the present driver started; False if there is none yet."""
         log = self.directory / "logs" / "rollout-0.log"
-        pids = re.findall(r"process (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
+        pids = re.findall(r"process (\d+)$", log.read_text()[self.logged :], re.MULTILINE) if log.exists() else []
         if not pids:
             return False
         try:
@@ -97,11 +99,12 @@ def main(config: Config) -> None:
             try:
                 code = victim.process.wait(timeout=wait)
             except subprocess.TimeoutExpired:
-                if rng.random() < 0.5 and victim.kill_rollout():
-                    killed["rollout"] += 1
-                else:
+                target = rng.choice(["driver", "rollout"])
+                if target == "driver":
                     victim.kill_driver()
-                    killed["driver"] += 1
+                elif not victim.kill_rollout():
+                    continue  # it has not started yet: another moment, another draw
+                killed[target] += 1
                 print(killed, flush=True)
                 continue
             if code:
