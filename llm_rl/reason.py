@@ -79,14 +79,20 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         sync_s = session.sync()
         session.record(step, "train", problems, attempts)
         tokens = metrics["train/tokens"]
-        metrics |= sampler.metrics() | {
-            "time/rollout_s": rolled - begin,
-            "time/learn_s": learned - rolled,
-            "time/sync_s": sync_s,
-            "time/tokens_per_s": tokens / (time.perf_counter() - begin),
-            "time/rollout_tokens_per_s": tokens / (rolled - begin),
-            "run/actor_restarts": float(session.workers.restarts),
-        }
+        telling = ("train/reward", "train/correct", "train/mean_tokens", "train/mismatch_kl", "train/grad_norm")
+        metrics = (
+            {name: metrics[name] for name in telling}
+            | metrics
+            | sampler.metrics()
+            | {
+                "time/rollout_s": rolled - begin,
+                "time/learn_s": learned - rolled,
+                "time/sync_s": sync_s,
+                "time/tokens_per_s": tokens / (time.perf_counter() - begin),
+                "time/rollout_tokens_per_s": tokens / (rolled - begin),
+                "run/actor_restarts": float(session.workers.restarts),
+            }
+        )
         run.log(step, metrics, total)
         if config.eval.every and (iteration + 1) % config.eval.every == 0 and step < total:
             session.evaluate("current", step)
