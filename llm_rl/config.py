@@ -83,7 +83,8 @@ class RLConfig:
     problems_per_iteration: int = 32
     samples: int = 8  # k completions per problem
     minibatches: int = 4  # optimizer steps per iteration; whole groups stay together
-    lr: float = 3e-4
+    lr: float = 1e-4
+    final_lr_ratio: float = 0.1  # the rate falls linearly to this share of it over the iterations
     tau: float = 0.1  # weight of the pull towards the iteration's reference policy
     temperature: float = 1.0
     max_tokens: int = 128  # new tokens per completion

@@ -92,7 +92,7 @@ class Learner:
             scores.update(zip(lot, logprobs_N.split([len(samples[i].completion) for i in lot])))
         return [scores[i] for i in range(len(samples))]
 
-    def iterate(self, samples: Sequence[Sample], config: RLConfig, seed: int, step: int) -> dict[str, float]:
+    def iterate(self, samples: Sequence[Sample], config: RLConfig, lr: float, seed: int, step: int) -> dict[str, float]:
         """One iteration of policy optimisation on the samples of the present policy (k1.5, section 2.3.2).
 
         The policy at entry is the reference, and the optimizer starts without moments.
@@ -125,9 +125,10 @@ class Learner:
                 self.optimizer.gather()
                 loss_sum += loss.item()
                 weights.append(weight_N.mean().item())
-            norms.append(self._step(config.lr, step))
+            norms.append(self._step(lr, step))
             losses.append(loss_sum)
         metrics |= {
+            "train/lr": lr,
             "train/loss": sum(losses) / len(losses),
             "train/grad_norm": sum(norms) / len(norms),
             "train/importance_weight": sum(weights) / len(weights),

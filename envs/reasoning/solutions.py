@@ -103,6 +103,15 @@ def _lcm(entry: Entry) -> Iterator[str]:
         multiple = multiple // divisor * number
 
 
+@_family("prime_factorization")
+def _prime_factorization(entry: Entry) -> Iterator[str]:
+    """Divide by the smallest prime factor until a prime is left: `12/2=6`, `6/2=3`."""
+    number = entry["metadata"]["number"]
+    for factor in entry["metadata"]["factors"][:-1]:
+        yield f"{number}/{factor}={number // factor}"
+        number //= factor
+
+
 @_family("leg_counting")
 def _leg_counting(entry: Entry) -> Iterator[str]:
     """The product for each kind of animal, and the running sum: `dog 15*4=60`, `wasp 9*6=54`, `60+54=114`."""

@@ -19,6 +19,7 @@ SPECS = [
     "lcm?max_numbers=4",
     "leg_counting",
     "leg_counting?min_animals=1&max_animals=2",
+    "prime_factorization",
     "count_bits",
     "base_conversion",
     "base_conversion?min_base=2&max_base=36",
