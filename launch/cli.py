@@ -11,6 +11,7 @@ lists a job's settings.
 """
 
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -175,7 +176,12 @@ def _run(name: str, trainer: Any, config: Any, directory: RunDirectory, checkpoi
     from launch.execution import execute
     from launch.runtime import Runtime
 
-    return execute(trainer, config.job, Runtime(name, config.run, directory, checkpoint))
+    try:
+        return execute(trainer, config.job, Runtime(name, config.run, directory, checkpoint))
+    except UserError:
+        if not directory.has_begun():
+            shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
+        raise
 
 
 def _check_device(run: RunConfig) -> None:

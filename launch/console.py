@@ -25,7 +25,7 @@ class RunConsole:
     def step(self, step: int, metrics: Mapping[str, float], total: int | None) -> None:
         """Show the first few metrics (a trainer names the most telling ones first) and the time since the last line."""
         now = time.monotonic()
-        figures = [f"{name.rpartition('/')[2]} {value:.4g}" for name, value in list(metrics.items())[:SHOWN]]
+        figures = [f"{name.partition('/')[2] or name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN]]
         counter = f"step {step}/{total}" if total else f"step {step}"
         self.print(" | ".join([counter, *figures, f"{now - self._previous:.1f} s"]))
         self._previous = now

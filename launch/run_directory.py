@@ -95,6 +95,11 @@ class RunDirectory:
         with refusals_explained(self.summary, "write"):
             write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
+    def has_begun(self) -> bool:
+        """Whether a step was logged or a checkpoint written."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or any(self.checkpoints.glob("step-*"))
+
     def lock(self) -> None:
         """Become the run's only writer until `unlock` or death. Raises UserError if another process is.
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from models.language.packing import Packing
 from torch import Tensor
+
+from models.language.packing import Packing
 
 
 @dataclass(frozen=True)

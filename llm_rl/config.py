@@ -48,10 +48,9 @@ class LearnerConfig:
 
 
 @dataclass
-class EngineConfig:
-    """Who samples. There is no fallback from one engine to the other."""
+class RolloutConfig:
+    """The workers that sample, each with an engine of its own."""
 
-    engine: Literal["vllm", "torch"] = "vllm"
     workers: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_num_seqs: int = 128  # sequences decoded together by one worker
@@ -72,6 +71,7 @@ class SFTConfig:
     lr: float = 2e-3
     warmup: int = 20
     final_lr_ratio: float = 0.1  # cosine decay to this share of lr
+    direct_share: float = 0.0  # share of the examples that answer at once, with nothing between the thinking marks
 
 
 @dataclass
@@ -83,7 +83,8 @@ class RLConfig:
     problems_per_iteration: int = 32
     samples: int = 8  # k completions per problem
     minibatches: int = 4  # optimizer steps per iteration; whole groups stay together
-    lr: float = 3e-4
+    lr: float = 1e-4
+    final_lr_ratio: float = 0.1  # the rate falls linearly to this share of it over the iterations
     tau: float = 0.1  # weight of the pull towards the iteration's reference policy
     temperature: float = 1.0
     max_tokens: int = 128  # new tokens per completion
@@ -115,7 +116,8 @@ class LanguageJob:
     problems: tuple[str, ...] = ()  # `gym:FAMILY?param=value`, or a .jsonl/.parquet file
     count: int = 2000  # problems drawn from each generated source
     system_prompt: str = ""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: Literal["vllm", "torch"] = "vllm"  # who samples; there is no fallback from one to the other
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

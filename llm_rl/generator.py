@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from models.errors import UserError
+from models.language.config import LanguageConfig
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """temperature 0 is greedy. Log-probabilities are those of the distribution sampled from (after temperature)."""
+    """Log-probabilities are those of the distribution sampled from, after temperature. Temperature 0 is greedy, and its
+    log-probabilities are those of temperature 1."""
 
     temperature: float = 1.0
     max_tokens: int = 256  # new tokens per completion
@@ -37,3 +41,27 @@ class Generator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def context_length(config: LanguageConfig, max_model_len: int | None) -> int:
+    """The longest prompt plus completion. Raises UserError if it is more than the model was made for."""
+    if max_model_len is None:
+        return config.max_position_embeddings
+    if max_model_len > config.max_position_embeddings:
+        raise UserError(
+            f"a context of {max_model_len} tokens is longer than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}); shorten prompts or completions, or use another model"
+        )
+    return max_model_len
+
+
+def require_context(prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_model_len: int) -> None:
+    """Raise UserError if a prompt is empty, or with its completion longer than the context."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} has no tokens; give at least one")
+        if len(prompt) + sampling.max_tokens > max_model_len:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, and with max_tokens {sampling.max_tokens} does not fit the "
+                f"context of {max_model_len}; shorten the prompt, lower max_tokens or raise max_model_len"
+            )

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoraConfig, attach
-from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
@@ -22,6 +19,9 @@ from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatc
 from llm_rl.optimizer import MasterAdamW
 from llm_rl.weights import CudaExport, export
 from models.errors import UserError
+from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.lora import LoraConfig, attach
+from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
 
 
 class Learner:
@@ -54,23 +54,24 @@ class Learner:
         loss = config.router_aux_loss_coef * load_balancing_loss(trace)
         return loss + config.router_z_loss_coef * router_z_loss(trace) if config.router_z_loss_coef else loss
 
-    def _step(self, lr: float) -> float:
+    def _step(self, lr: float, step: int) -> float:
         """Clip and step; refuse a gradient that is not finite, so that the weights stay as they were."""
         norm = self.optimizer.clip(self.config.max_grad_norm)
         if norm != norm or norm == float("inf"):
             self.optimizer.zero_grad()
             raise UserError(
-                f"the loss or its gradient is not finite (gradient norm {norm}); the weights before this step and "
-                "the last checkpoint are kept: lower the learning rate or raise --rl.tau, then resume"
+                f"step {step}: the loss or its gradient is not finite (gradient norm {norm}); the last checkpoint is "
+                "kept: train again with a lower learning rate or a larger --rl.tau"
             )
         self.optimizer.step(lr)
         return norm
 
-    def sft_step(self, samples: Sequence[Sample], lr: float) -> dict[str, float]:
-        """One optimizer step on worked solutions: mean negative log-likelihood per completion token."""
+    def sft_step(self, samples: Sequence[Sample], lr: float, step: int) -> dict[str, float]:
+        """Optimizer step number `step` on worked solutions: mean negative log-likelihood per completion token."""
         total_tokens = sum(len(sample.completion) for sample in samples)
         lots = list(microbatches(samples, self.config.tokens_per_microbatch))
-        loss_sum, trace = 0.0, []
+        loss_sum = 0.0
+        trace: list[RouterRecord] = []
         for lot in lots:
             batch = pack([samples[i] for i in lot], self.device)
             logprobs_N, trace = self._forward(batch)
@@ -78,7 +79,7 @@ class Learner:
             (loss + self._router_loss(trace) / len(lots)).backward()
             self.optimizer.gather()
             loss_sum += loss.item()
-        norm = self._step(lr)
+        norm = self._step(lr, step)
         return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_load(trace)}
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Learner:
             scores.update(zip(lot, logprobs_N.split([len(samples[i].completion) for i in lot])))
         return [scores[i] for i in range(len(samples))]
 
-    def iterate(self, samples: Sequence[Sample], config: RLConfig, seed: int) -> dict[str, float]:
+    def iterate(self, samples: Sequence[Sample], config: RLConfig, lr: float, seed: int, step: int) -> dict[str, float]:
         """One iteration of policy optimisation on the samples of the present policy (k1.5, section 2.3.2).
 
         The policy at entry is the reference, and the optimizer starts without moments.
@@ -101,7 +102,8 @@ class Learner:
         sampler = [torch.tensor(s.sampler_logprobs, device=self.device) for s in samples]
         metrics = mismatch(torch.cat(reference), torch.cat(sampler))
         objective = OBJECTIVES[config.objective]
-        losses, norms, weights, trace = [], [], [], []
+        losses, norms, weights = [], [], []
+        trace: list[RouterRecord] = []
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
@@ -123,9 +125,10 @@ class Learner:
                 self.optimizer.gather()
                 loss_sum += loss.item()
                 weights.append(weight_N.mean().item())
-            norms.append(self._step(config.lr))
+            norms.append(self._step(lr, step))
             losses.append(loss_sum)
         metrics |= {
+            "train/lr": lr,
             "train/loss": sum(losses) / len(losses),
             "train/grad_norm": sum(norms) / len(norms),
             "train/importance_weight": sum(weights) / len(weights),

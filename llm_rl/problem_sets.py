@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.reasoning.sources import load_problems
-
 from envs.reasoning.problem import Problem
+from envs.reasoning.sources import load_problems
 from llm_rl.config import LanguageJob
 from models.errors import UserError
 from models.seeding import derive_seed

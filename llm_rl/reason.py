@@ -48,23 +48,24 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
     """The RL phase, from its beginning or from the state of a checkpoint."""
     rl, first = config.rl, config.sft.steps
     sampler = ProblemSampler(session.sets.train, run.seed, rl.sampling == "prioritised", rl.curriculum, rl.admit_at)
-    resumed = state is not None and state["phase"] == "rl"
-    if not resumed:
+    done = 0
+    if state is not None and state["phase"] == "rl":
+        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
+        session.learn("load_state", state["learner"])
+        sampler.load_state(state["sampler"])
+        done = state["step"] - first
+        session.version = state["version"] - 1  # the sync below is that of the checkpoint's weights
+        session.sync()
+    else:
         if state is not None:
             session.learn("load_state", state["learner"])
         session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
         session.sync()
         if config.sft.steps:
             session.evaluate("sft", first)
-    else:
-        session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
-        session.learn("load_state", state["learner"])
-        sampler.load_state(state["sampler"])
-        session.version = state["version"] - 1
-        session.sync()
 
     total = first + rl.iterations
-    for iteration in range(state["step"] - first if resumed else 0, rl.iterations):
+    for iteration in range(done, rl.iterations):
         step, begin = first + iteration + 1, time.perf_counter()
         chosen = sampler.sample(rl.problems_per_iteration, iteration)
         problems = [session.sets.train[i] for i in chosen]
@@ -73,19 +74,26 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         rolled = time.perf_counter()
         samples, metrics = judge(session, problems, attempts, rl, iteration)
         sampler.update(chosen, [sum(a.verdict.correct for a in row) / len(row) for row in attempts])
-        metrics |= session.learn("iterate", samples, rl, derive_seed(run.seed, "minibatches", iteration))
+        lr = rl.lr * (1 - (1 - rl.final_lr_ratio) * iteration / rl.iterations)
+        metrics |= session.learn("iterate", samples, rl, lr, derive_seed(run.seed, "minibatches", iteration), step)
         learned = time.perf_counter()
         sync_s = session.sync()
         session.record(step, "train", problems, attempts)
         tokens = metrics["train/tokens"]
-        metrics |= sampler.metrics() | {
-            "time/rollout_s": rolled - begin,
-            "time/learn_s": learned - rolled,
-            "time/sync_s": sync_s,
-            "time/tokens_per_s": tokens / (time.perf_counter() - begin),
-            "time/rollout_tokens_per_s": tokens / (rolled - begin),
-            "run/actor_restarts": float(session.workers.restarts),
-        }
+        telling = ("train/reward", "train/correct", "train/mean_tokens", "train/mismatch_kl", "train/grad_norm")
+        metrics = (
+            {name: metrics[name] for name in telling}
+            | metrics
+            | sampler.metrics()
+            | {
+                "time/rollout_s": rolled - begin,
+                "time/learn_s": learned - rolled,
+                "time/sync_s": sync_s,
+                "time/tokens_per_s": tokens / (time.perf_counter() - begin),
+                "time/rollout_tokens_per_s": tokens / (rolled - begin),
+                "run/actor_restarts": float(session.workers.restarts),
+            }
+        )
         run.log(step, metrics, total)
         if config.eval.every and (iteration + 1) % config.eval.every == 0 and step < total:
             session.evaluate("current", step)
@@ -150,7 +158,7 @@ def evaluate(config: ReasonConfig, run: "Run") -> None:
 
 def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     """What `--dry-run` shows: (what, count, CPUs, GPUs, GiB of memory each)."""
-    engine, learner, policy = config.engine, config.learner, config.policy
+    rollout, learner, policy = config.rollout, config.learner, config.policy
     if config.model:
         files = list(config.model.glob("*.safetensors"))
         parameters = sum(file.stat().st_size for file in files) / 2  # bfloat16 on disk
@@ -162,10 +170,10 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     gib = parameters / 2**30
     wide = learner.dtype == "bfloat16"
     learner_gib = gib * ((2 + 2 + 16) if wide else 16)  # weights, gradients, float32 masters and moments
-    engine_gib = gib * (2 if engine.dtype == "bfloat16" else 4) + engine.kv_cache_gib
+    engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
         ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
-        (f"rollout ({engine.engine})", engine.workers, 1.0, engine.gpu_share, 0.9 + engine_gib),
+        (f"rollout ({config.engine})", rollout.workers, 1.0, rollout.gpu_share, 0.9 + engine_gib),
         ("verifier", config.verifier_workers, 1.0, 0.0, 0.3),
     ]
 

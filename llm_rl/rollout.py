@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_rl.config import EngineConfig
+from llm_rl.config import RolloutConfig
 from llm_rl.generator import Completion, Generator, SamplingConfig
 from models.seeding import derive_seed
 
@@ -18,9 +18,9 @@ ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not 
 class RolloutWorker:
     """One engine in one process. `context` is the longest prompt plus completion, in tokens."""
 
-    def __init__(self, folder: Path, config: EngineConfig, device: str, context: int, seed: int) -> None:
+    def __init__(self, folder: Path, engine: str, config: RolloutConfig, device: str, context: int, seed: int) -> None:
         self.generator: Generator
-        if config.engine == "vllm":
+        if engine == "vllm":
             from llm_rl.vllm_engine.generator import VLLMGenerator
 
             self.generator = VLLMGenerator(
@@ -36,7 +36,13 @@ class RolloutWorker:
         else:
             from llm_rl.torch_generator import TorchGenerator
 
-            self.generator = TorchGenerator(folder, device=device, dtype=config.dtype, max_num_seqs=config.max_num_seqs)
+            self.generator = TorchGenerator(
+                folder,
+                device=device,
+                dtype=config.dtype,
+                max_model_len=context,
+                max_num_seqs=config.max_num_seqs,
+            )
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self.generator.load_weights(named, version)

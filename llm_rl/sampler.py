@@ -11,6 +11,7 @@ from models.seeding import derive_seed
 MEMORY = 0.5  # share of the newest visit in a problem's success rate
 LEVEL_MEMORY = 0.2  # the same for a difficulty level, which is seen far more often
 FLOOR = 0.05  # a solved problem is still visited at this weight
+LEVELS = 5  # difficulty levels of a family at most
 
 
 class ProblemSampler:
@@ -25,12 +26,13 @@ class ProblemSampler:
     ) -> None:
         self.problems, self.seed, self.prioritised, self.admit_at = list(problems), seed, prioritised, admit_at
         self.families = sorted({family(p) for p in problems})
-        ladder: dict[str, list[float]] = {
-            f: sorted({p.difficulty or 0.0 for p in problems if family(p) == f}) for f in self.families
-        }
-        self.level_P = np.array([ladder[family(p)].index(p.difficulty or 0.0) for p in problems])
         self.family_P = np.array([self.families.index(family(p)) for p in problems])
-        self.top = {f: len(ladder[f]) - 1 for f in self.families}
+        self.level_P = np.zeros(len(problems), dtype=np.int64)
+        self.top: dict[str, int] = {}
+        for number, name in enumerate(self.families):
+            members = np.flatnonzero(self.family_P == number)
+            self.level_P[members] = levels([problems[i].difficulty or 0.0 for i in members])
+            self.top[name] = int(self.level_P[members].max())
         self.admitted = {f: 0 if curriculum else self.top[f] for f in self.families}
         self.level_success = dict.fromkeys(self.families, 0.0)  # at the hardest admitted level
         self.success_P = np.full(len(problems), 0.5)
@@ -82,6 +84,15 @@ class ProblemSampler:
         self.visits_P = np.array(state["visits"])
         self.admitted = dict(state["admitted"])
         self.level_success = dict(state["level_success"])
+
+
+def levels(difficulties: Sequence[float]) -> np.ndarray:
+    """Number the difficulties from 0, equal ones alike; more than LEVELS different ones are cut at quantiles."""
+    values, rank_P = np.unique(difficulties, return_inverse=True)
+    if len(values) <= LEVELS:
+        return rank_P
+    cuts = np.quantile(difficulties, np.arange(1, LEVELS) / LEVELS)
+    return np.unique(np.searchsorted(cuts, difficulties, side="left"), return_inverse=True)[1]
 
 
 def family(problem: Problem) -> str:

@@ -4,15 +4,15 @@ The job itself (sft.py, reason.py) is then a short loop over these verbs.
 """
 
 import contextlib
+import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from envs.reasoning.verifier_pool import VerifierPool
-from models.language.checkpoint import read_config
-
 from envs.reasoning.problem import Problem, Verdict
+from envs.reasoning.verifier_pool import VerifierPool
 from llm_rl.batch import Sample
 from llm_rl.config import LanguageJob
 from llm_rl.evaluation import heldout_metrics
@@ -24,10 +24,15 @@ from llm_rl.rollout import RolloutWorker, collect
 from llm_rl.sampler import family
 from llm_rl.tokenizer import Dialogue
 from models.errors import UserError
+from models.language.checkpoint import read_config
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import Run
+
+
+EMPTY = "<think></think>"
+THOUGHT = re.compile("<think>.*</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,10 @@ class Session:
         self.dialogue = Dialogue(self.folder, config.system_prompt)
         self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
-        self.sampling = SamplingConfig(temperature, max_tokens, (self.dialogue.eos,))
+        stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
+        self.sampling = SamplingConfig(temperature, max_tokens, stops)
         gpu = run.device == "cuda"
-        engine, learner = config.engine, config.learner
+        rollout, learner = config.rollout, config.learner
         self.learner = run.actors(
             Learner,
             1,
@@ -64,10 +70,11 @@ class Session:
         )
         self.workers = run.actors(
             RolloutWorker,
-            engine.workers,
-            {"cpu": 1, "gpu": engine.gpu_share if gpu else 0},
+            rollout.workers,
+            {"cpu": 1, "gpu": rollout.gpu_share if gpu else 0},
             self.folder,
-            engine,
+            config.engine,
+            rollout,
             run.device,
             context,
             run.seed,
@@ -101,7 +108,7 @@ class Session:
         start = time.perf_counter()
         self.version += 1
         weights = self.learner.call(0, "weights", share_result=True).result()
-        timeout_s = self.config.engine.timeout_s
+        timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
             with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
@@ -122,7 +129,7 @@ class Session:
                 attempts[index] = [Attempt(c, text, next(verdicts)) for c, text in zip(group, words)]
 
         prompts = [self.prompts[p.id] for p in problems]
-        collect(self.workers, prompts, sampling, samples, seed, self.config.engine.timeout_s, verify)
+        collect(self.workers, prompts, sampling, samples, seed, self.config.rollout.timeout_s, verify)
         return attempts
 
     def evaluate(self, tag: str, step: int) -> dict[str, float]:
@@ -162,10 +169,11 @@ class Session:
         ]
         self.run.record(step, kind, rows)
 
-    def worked(self, problems: Sequence[Problem]) -> list[Sample]:
-        """Worked solutions as training samples."""
-        return [
-            Sample(self.dialogue.prompt(p.prompt), self.dialogue.answer(p.solution), [])
-            for p in problems
-            if p.solution is not None
-        ]
+    def worked(self, problems: Sequence[Problem], direct_share: float) -> list[Sample]:
+        """Worked solutions as training samples, a share of them with the work left out."""
+        rng = random.Random(derive_seed(self.run.seed, "direct"))
+        solutions = [p.solution or "" for p in problems]
+        texts = [THOUGHT.sub(EMPTY, s) if rng.random() < direct_share else s for s in solutions]
+        if direct_share and texts == solutions:
+            raise UserError(f"--sft.direct-share {direct_share}: no solution has the form {EMPTY}, with work inside")
+        return [Sample(self.dialogue.prompt(p.prompt), self.dialogue.answer(t), []) for p, t in zip(problems, texts)]

@@ -35,15 +35,14 @@ def train(config: SFTJobConfig, run: "Run") -> None:
 def finetune(session: Session, run: "Run", start: int) -> None:
     """Run the SFT steps from `start` on; checkpoints every 20 × save_every steps and at the end."""
     config = session.config.sft
-    samples = session.worked(session.sets.sft)
+    samples = session.worked(session.sets.sft, config.direct_share)
     total = config.steps
     clock, tokens = time.perf_counter(), 0
     for step in range(start, total):
         rng = random.Random(derive_seed(run.seed, "sft", step))
         batch = [samples[i] for i in rng.sample(range(len(samples)), min(config.batch_size, len(samples)))]
-        metrics = session.learn(
-            "sft_step", batch, config.lr * cosine(step, total, config.warmup, config.final_lr_ratio)
-        )
+        lr = config.lr * cosine(step, total, config.warmup, config.final_lr_ratio)
+        metrics = session.learn("sft_step", batch, lr, step + 1)
         tokens += sum(len(sample) for sample in batch)
         done = step + 1
         if done % LOG_EVERY == 0 or done == total:

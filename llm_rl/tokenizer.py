@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from models.errors import UserError
 
@@ -52,6 +54,7 @@ class Dialogue:
     """One policy's tokenizer with its chat format."""
 
     def __init__(self, folder: Path, system_prompt: str = "") -> None:
+        transformers_logging.set_verbosity_error()  # it warns of our model_type, which the tokenizer does not need
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -71,8 +74,8 @@ class Dialogue:
             return self.tokenizer.encode(text)
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages.append({"role": "user", "content": question})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(cast(str, rendered), add_special_tokens=False)
 
     def answer(self, text: str) -> list[int]:
         """Token ids of a worked solution, with the end token."""
@@ -81,4 +84,5 @@ class Dialogue:
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says, without its end token."""
         kept = tokens[:-1] if tokens and tokens[-1] == self.eos else tokens
-        return self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast(str, text)

@@ -39,13 +39,17 @@ def _family(name: str) -> Callable[[Callable[[Entry], Iterator[str]]], Callable[
 
 @_family("chain_sum")
 def _chain_sum(entry: Entry) -> Iterator[str]:
-    """Running totals: `4 - 1 - 7` → `4-1=3`, `3-7=-4`."""
+    """What is left of the sum after each operation: `4 - 1 - 7` → `3-7`, `-4`.
+
+    A line is a function of the line before it alone, whatever the length of the sum, so a policy can carry the rule
+    over to lengths that it has not seen.
+    """
     first, *rest = entry["metadata"]["expression"].split()
     total = int(first)
-    for sign, term in zip(rest[::2], rest[1::2]):
-        result = total + int(term) if sign == "+" else total - int(term)
-        yield f"{total}{sign}{term}={result}"
-        total = result
+    while rest:
+        sign, term, *rest = rest
+        total = total + int(term) if sign == "+" else total - int(term)
+        yield f"{total}{''.join(rest)}"
 
 
 @_family("products")
@@ -97,6 +101,15 @@ def _lcm(entry: Entry) -> Iterator[str]:
         yield f"{multiple}/{divisor}={multiple // divisor}"
         yield f"{multiple // divisor}*{number}={multiple // divisor * number}"
         multiple = multiple // divisor * number
+
+
+@_family("prime_factorization")
+def _prime_factorization(entry: Entry) -> Iterator[str]:
+    """Divide by the smallest prime factor until a prime is left: `12/2=6`, `6/2=3`."""
+    number = entry["metadata"]["number"]
+    for factor in entry["metadata"]["factors"][:-1]:
+        yield f"{number}/{factor}={number // factor}"
+        number //= factor
 
 
 @_family("leg_counting")

@@ -83,11 +83,12 @@ def _gym_problem(spec: gym_dataset.GymSpec, entry: Mapping[str, Any], id: str) -
     )
 
 
-def _load_file(path: Path, rows: Any, count: int | None, seed: int, seen: set[str]) -> list[Problem]:
+def _load_file(path: Path, rows: Any, count: int | None, seed: int, excluded: set[str]) -> list[Problem]:
     if not path.is_file():
         raise UserError(f"no file `{path}`: check the path of the problems")
     problems: list[Problem] = []
     origin: dict[str, str] = {}
+    prompts: set[str] = set()
     empty, repeated = True, 0
     for number, row in rows(path):
         where, empty = f"{path}:{number}", False
@@ -95,15 +96,15 @@ def _load_file(path: Path, rows: Any, count: int | None, seed: int, seen: set[st
         if problem.id in origin:
             raise UserError(f"{where}: id `{problem.id}` is taken by {origin[problem.id]}: make ids distinct")
         origin[problem.id] = where
-        if problem.prompt in seen:
+        if problem.prompt in prompts:
             repeated += 1
-            continue
-        seen.add(problem.prompt)
-        problems.append(problem)
+        elif problem.prompt not in excluded:
+            problems.append(problem)
+        prompts.add(problem.prompt)
     if empty:
         raise UserError(f"`{path}` holds no problems: write at least one")
     if repeated:
-        log.warning("%s: left out %d problems whose prompts came before or are held out", path, repeated)
+        log.warning("%s: left out %d problems whose prompts came before", path, repeated)
     if len(problems) < (count or 1):
         raise UserError(f"`{path}` has {len(problems)} usable problems, {count or 1} asked for: ask for fewer")
     if count is not None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from envs.reasoning.problem import Problem
-from llm_rl.sampler import FLOOR, ProblemSampler
+from llm_rl.sampler import FLOOR, LEVELS, ProblemSampler, levels
 
 
 def problems(count: int, family: str = "gym:a", levels: int = 1) -> list[Problem]:
@@ -50,3 +50,14 @@ def test_state_restores_everything() -> None:
     assert second.sample(5, 12) == first.sample(5, 12)
     assert second.metrics() == first.metrics()
     assert second.visits_P.sum() == first.visits_P.sum() > 0
+
+
+def test_many_difficulties_become_a_few_levels_of_equal_size_in_order() -> None:
+    difficulties = np.random.default_rng(0).permutation(1000).astype(float)
+    level = levels(difficulties)
+    assert np.bincount(level).tolist() == [200] * LEVELS
+    order = np.argsort(difficulties)
+    assert (np.diff(level[order]) >= 0).all()
+    assert levels([3.0, 1.0, 3.0, 2.0]).tolist() == [2, 0, 2, 1]
+    skewed = levels([0.0] * 90 + list(range(1, 11)))  # most problems share one difficulty
+    assert sorted(set(skewed.tolist())) == list(range(len(set(skewed.tolist()))))

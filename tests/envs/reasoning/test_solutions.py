@@ -19,6 +19,7 @@ SPECS = [
     "lcm?max_numbers=4",
     "leg_counting",
     "leg_counting?min_animals=1&max_animals=2",
+    "prime_factorization",
     "count_bits",
     "base_conversion",
     "base_conversion?min_base=2&max_base=36",
@@ -51,10 +52,16 @@ def test_every_step_is_true_and_the_last_one_gives_the_answer(spec: str) -> None
         assert problem.solution is not None
         steps = problem.solution.removeprefix("<think>").partition("</think>")[0].splitlines()
         results = [check_step(step) for step in steps]
-        if spec.startswith(("chain_sum", "products", "lcm", "leg", "simple")) and results:
+        if spec.startswith("chain_sum"):  # every line is worth as much as the question
+            assert {value_of_sum(step) for step in steps} == {int(problem.answer)}
+        if spec.startswith(("products", "lcm", "leg", "simple")) and results:
             assert results[-1] == int(problem.answer)
         if spec.startswith("count_bits"):
             assert steps[-1] == f"1 {problem.answer}"
+
+
+def value_of_sum(line: str) -> int:
+    return sum(int(term) for term in re.findall(r"[+-]?\d+", line.replace("--", "+").replace("+-", "-")))
 
 
 def underdetermined(problem: Problem) -> bool:
@@ -80,7 +87,7 @@ def check_step(step: str) -> int | None:
 @pytest.mark.parametrize(
     ("family", "entry", "solution"),
     [
-        ("chain_sum", {"metadata": {"expression": "4 - 1 - 7"}, "answer": "-4"}, "<think>4-1=3\n3-7=-4</think>-4"),
+        ("chain_sum", {"metadata": {"expression": "4 - 1 - 7"}, "answer": "-4"}, "<think>3-7\n-4</think>-4"),
         ("spell_backward", {"metadata": {"word": "sun"}, "answer": "nus"}, "<think>s u n\nn u s</think>nus"),
         ("gcd", {"metadata": {"numbers": [36, 48]}, "answer": "12"}, "<think>36%48=36\n48%36=12\n36%12=0</think>12"),
         (

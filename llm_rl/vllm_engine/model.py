@@ -1,0 +1,235 @@
+"""The decoder inside vLLM: vLLM's projections, paged attention and fused experts; our norms and linear attention."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+
+try:
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory as FusedMoE  # 0.27
+except ImportError:
+    from vllm.model_executor.layers.fused_moe import FusedMoE  # 0.24
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.sequence import IntermediateTensors
+
+from llm_rl.vllm_engine.linear_layer import LinearAttentionLayer, state_shape
+from models.errors import UserError
+from models.language.config import LanguageConfig
+from models.language.norm import RMSNorm
+
+
+class SoftmaxAttentionLayer(nn.Module):
+    def __init__(self, config: LanguageConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.head_dim = size
+        self.sizes = [heads * size, kv_heads * size, kv_heads * size]
+        self.qkv_proj = QKVParallelLinear(hidden, size, heads, kv_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
+        self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.rotary = get_rope(
+            size, max_position=config.max_position_embeddings, rope_parameters=config.to_hf()["rope_parameters"]
+        )
+        self.attn = Attention(
+            heads,
+            size,
+            size**-0.5,
+            num_kv_heads=kv_heads,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(x_TD)
+        q, k, v = qkv.split(self.sizes, -1)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k = self.rotary(positions, q, k)
+        y_TD, _ = self.o_proj(self.attn(q, k, v))
+        return y_TD
+
+
+class DenseMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, [intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias=False, prefix=f"{prefix}.down_proj")
+        self.activation = SiluAndMul()
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        both, _ = self.gate_up_proj(x_TD)
+        y_TD, _ = self.down_proj(self.activation(both))
+        return y_TD
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, config: LanguageConfig, prefix: str) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        # The router works in float32, as the learner's does, whatever the model's dtype.
+        self.gate = ReplicatedLinear(
+            hidden, config.num_experts, bias=False, params_dtype=torch.float32, prefix=f"{prefix}.gate"
+        )
+        self.experts = FusedMoE(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=hidden,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            prefix=f"{prefix}.experts",
+        )
+        self.shared_expert: DenseMLP | None = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = DenseMLP(hidden, config.shared_expert_intermediate_size, f"{prefix}.shared_expert")
+            self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        logits_TE, _ = self.gate(x_TD.float())
+        shared_TD: Tensor | float = 0.0
+        if self.shared_expert is not None:  # before the experts, which may reuse x as their workspace
+            gate, _ = self.shared_expert_gate(x_TD)
+            shared_TD = gate.sigmoid() * self.shared_expert(x_TD)
+        return self.experts(hidden_states=x_TD, router_logits=logits_TE) + shared_TD
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        kinds = {"full_attention": SoftmaxAttentionLayer, "linear_attention": LinearAttentionLayer}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = kinds[config.mixer_kind(layer)](config, vllm_config, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.is_moe(layer):
+            self.mlp: nn.Module = MixtureOfExperts(config, f"{prefix}.mlp")
+        else:
+            self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
+
+    def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD + self.self_attn(positions, self.input_layernorm(x_TD))
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Body(nn.Module):
+    def __init__(self, config: LanguageConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = nn.ModuleList(
+            [Layer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_TD = layer(positions, x_TD)
+        return self.norm(x_TD)
+
+
+class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """What vLLM builds for a folder whose architecture is "LongstrideForCausalLM"."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # merged parameter: its parts in a checkpoint
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "qkvg_proj": ["q_proj", "k_proj", "v_proj", "g_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
+        self.config = vllm_config.model_config.hf_config
+        language = self.config.language
+        self.num_experts = language.num_experts
+        self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
+        if language.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(language.vocab_size, language.hidden_size, prefix="lm_head")
+        self.logits_processor = LogitsProcessor(language.vocab_size)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        config = vllm_config.model_config.hf_config
+        return state_shape(config.num_attention_heads, config.head_dim)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> object:
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model(positions, inputs_embeds)
+
+    def compute_logits(self, hidden_TD: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_TD)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Weights under their checkpoint names; the names of the parameters they went to."""
+        parameters = dict(self.named_parameters())
+        experts = []
+        if self.num_experts:
+            experts = fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
+        loaded = set()
+        for name, tensor in weights:
+            if name == "lm_head.weight" and self.lm_head is self.model.embed_tokens:
+                continue
+            target, arguments = self._place(name, parameters, experts)
+            loader = getattr(parameters[target], "weight_loader", default_weight_loader)
+            loader(parameters[target], tensor, **arguments)
+            loaded.add(target)
+        return loaded
+
+    def _place(
+        self, name: str, parameters: dict[str, nn.Parameter], experts: list[tuple[str, str, int, str]]
+    ) -> tuple[str, dict]:
+        """The parameter that holds a checkpoint tensor, and the arguments of its loader that say where."""
+        if ".mlp.experts." in name:
+            for merged, part, expert, shard in experts:
+                if part in name:
+                    target = name.replace(part, merged)
+                    return target, {"weight_name": target, "shard_id": shard, "expert_id": expert}
+        for merged, parts in self.packed_modules_mapping.items():
+            for index, part in enumerate(parts):
+                target = name.replace(f".{part}.", f".{merged}.")
+                if target != name and target in parameters:
+                    return target, {"loaded_shard_id": "qkv"[index] if merged == "qkv_proj" else index}
+        if name not in parameters:
+            raise UserError(f"unexpected tensor {name}; does config.json describe this model?")
+        return name, {}

@@ -1,0 +1,170 @@
+"""The whole reasoning job in one process: figures, folders, resume bit for bit, and bad input."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.cli import main
+from llm_rl import reason, session
+from models.language.checkpoint import load_pretrained
+
+SMALL = shlex.split("""
+  --problems 'gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=1' --count 60 --backend local --engine torch
+  --policy.hidden-size 32 --policy.layer-types linear_attention full_attention --policy.num-experts 4
+  --policy.num-attention-heads 2 --policy.num-key-value-heads 1 --policy.head-dim 16
+  --policy.moe-intermediate-size 32 --policy.vocab-size 300 --policy.max-position-embeddings 128
+  --sft.steps 6 --sft.count 60 --sft.batch-size 8 --rl.iterations 4 --rl.problems-per-iteration 4 --rl.samples 2
+  --rl.minibatches 2 --rl.max-tokens 12 --eval.count 6 --eval.samples 2 --save-every 1 --rollout.workers 1
+  --learner.threads 1
+""")
+
+
+def train(runs_dir: Path, name: str, *flags: str) -> int:
+    return main(["train", "reason", *SMALL, "--runs-dir", str(runs_dir), "--name", name, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs_dir = tmp_path_factory.mktemp("runs")
+    assert train(runs_dir, "straight") == 0
+    return runs_dir / "straight"
+
+
+def test_summary_holds_the_three_figures(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["job"], summary["status"], summary["steps"]) == ("reason", "finished", 10)
+    for tag in ("base", "sft", "rl"):
+        for figure in ("pass@1", "greedy", "mean_tokens"):
+            assert f"heldout/{figure}/{tag}" in summary["metrics"]
+    assert summary["metrics"]["train/mismatch_kl"] < 1e-6
+
+
+def test_every_completion_is_kept_with_its_reward(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "rollouts" / "7-train.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 2
+    assert {"prompt", "answer", "completion", "reward", "reason", "version"} <= rows[0].keys()
+    held_out = [json.loads(line) for line in (finished / "rollouts" / "10-heldout-rl.jsonl").read_text().splitlines()]
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
+
+
+def test_the_final_folder_is_the_trained_policy(finished: Path) -> None:
+    initial = load_file(finished / "policy" / "init" / "model.safetensors")
+    final = load_file(finished / "policy" / "final" / "model.safetensors")
+    assert initial.keys() == final.keys()
+    assert any(not torch.equal(initial[name], final[name]) for name in final)
+    assert (finished / "policy" / "final" / "tokenizer.json").exists()
+    load_pretrained(finished / "policy" / "final")
+
+
+@pytest.mark.parametrize("method", ["sft_step", "iterate"])
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
+    finished: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unplugged(Exception):
+        pass
+
+    original = session.Session.learn
+    calls = 0
+
+    def learn(self: session.Session, name: str, *args: object) -> object:
+        nonlocal calls
+        calls += name == method
+        if name == method and calls == 4:
+            raise Unplugged
+        return original(self, name, *args)
+
+    monkeypatch.setattr(session.Session, "learn", learn)
+    with pytest.raises(Unplugged):
+        train(tmp_path, "broken")
+    monkeypatch.setattr(session.Session, "learn", original)
+    assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 0
+
+    for folder in ("policy/final", max(p.name for p in (finished / "checkpoints").iterdir())):
+        ours, theirs = tmp_path / "broken", finished
+        if folder.startswith("step"):
+            ours, theirs = ours / "checkpoints", theirs / "checkpoints"
+        for file in sorted((theirs / folder).glob("*.safetensors")):
+            assert (ours / folder / file.name).read_bytes() == file.read_bytes(), file
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(tmp_path: Path) -> None:
+    assert train(tmp_path, "lora", "--rl.lora.rank", "4", "--sft.steps", "2", "--rl.iterations", "2") == 0
+    final = load_file(tmp_path / "lora" / "policy" / "final" / "model.safetensors")
+    assert not [name for name in final if "lora" in name]
+
+
+def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(5)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--problems", str(problems), "--model", str(finished / "policy" / "final"), "--sft.steps", "0"]
+    assert train(tmp_path, "own", *flags) == 0
+    summary = json.loads((tmp_path / "own" / "summary.json").read_text())
+    assert "heldout/pass@1/rl" in summary["metrics"]
+    assert "heldout/pass@1/sft" not in summary["metrics"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "nan", "--rl.lr", "1e30", "--rl.iterations", "9") == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "not finite" in error
+    assert re.search(r"step ([7-9]|1\d):", error)
+    assert list((tmp_path / "nan" / "checkpoints").iterdir())
+    assert json.loads((tmp_path / "nan" / "summary.json").read_text())["status"] == "failed"
+
+
+BAD = {
+    "one sample": (["--rl.samples", "1"], "--rl.samples 1"),
+    "long prompt": (["--policy.max-position-embeddings", "20"], "context of 20"),
+    "no model": (["--model", "nowhere"], "nowhere"),
+    "no family": (["--problems", "gym:chain_summ"], "chain_sum"),
+    "no problems": (["--problems", "missing.jsonl"], "missing.jsonl"),
+    "heads": (["--policy.num-key-value-heads", "3"], "num_key_value_heads"),
+    "greedy rl": (["--rl.temperature", "0"], "--rl.temperature"),
+    "too many minibatches": (["--rl.minibatches", "9"], "--rl.minibatches"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    flags, expected = BAD[case]
+    assert train(tmp_path, "bad", *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert expected in error
+    assert not (tmp_path / "bad").exists()  # nothing was trained, and the name is free again
+
+
+def test_a_truncated_model_folder_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (finished / "policy" / "final").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert train(tmp_path, "cut", "--model", str(folder)) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+    tensors = load_file(finished / "policy" / "final" / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert train(tmp_path, "missing", "--model", str(folder)) == 2
+    assert "norm.weight" in capsys.readouterr().err
+
+
+def test_plan_names_every_actor() -> None:
+    from llm_rl.config import ReasonConfig
+
+    assert [row[0] for row in reason.plan(ReasonConfig())] == ["learner", "rollout (vllm)", "verifier"]

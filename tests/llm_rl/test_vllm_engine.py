@@ -1,0 +1,179 @@
+"""vLLM against the learner and against the plain generator, in float32 on the CPU.
+
+vLLM changes the process it runs in, so one child process runs an engine for each kind of policy and reports figures.
+"""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import pstdev
+
+import pytest
+
+from llm_rl import weights
+from llm_rl.generator import Completion, SamplingConfig
+from llm_rl.torch_generator import TorchGenerator
+from llm_rl.vllm_engine.generator import VLLMGenerator
+from models.errors import UserError
+from models.language.checkpoint import save_pretrained, to_checkpoint
+from models.language.decoder import Decoder
+from tests.llm_rl.scoring import moved, worst_difference
+from tests.models.language.policies import DENSE, HYBRID, MOE
+
+KINDS = {
+    "dense": replace(DENSE, head_dim=32),
+    "dense, tied": replace(DENSE, head_dim=32, tie_word_embeddings=True),
+    # Without QK-norm large weights make attention so sharp that float32 rounding alone reaches 1e-5.
+    "llama": replace(DENSE, head_dim=32, qk_norm=False, initializer_range=0.12),
+    "moe": replace(MOE, head_dim=32),
+    "moe, tied": replace(MOE, head_dim=32, tie_word_embeddings=True),
+    "hybrid": replace(HYBRID, head_dim=32),
+    "hybrid, untied": replace(HYBRID, head_dim=32, tie_word_embeddings=False, norm_topk_prob=False),
+    "softmax with shared expert": replace(HYBRID, head_dim=32, layer_types=(), qk_norm=False, initializer_range=0.12),
+}
+# Longer than an engine step of 48 tokens, so read in pieces; of one token, which vLLM takes for decoding; and between.
+PROMPTS = [list(range(90)), [7], [7, 8], list(range(20, 69)), [1] * 48, list(range(96, 0, -1)), [5, 9, 11]]
+SAMPLING = SamplingConfig(temperature=0.8, max_tokens=24, stop_token_ids=(3, 4))
+GREEDY = SamplingConfig(temperature=0, max_tokens=16)
+
+
+@dataclass
+class Report:
+    """What one engine did."""
+
+    sampled: list[list[Completion]]
+    repeats: bool
+    seed_matters: bool
+    start: float  # largest logprob difference to the learner, with the folder's weights
+    greedy: float
+    greedy_equals_torch: bool
+    torch_scored: float  # the plain generator's logprobs of what it sampled, against the learner
+    stale: float  # the learner has moved, the engine has not
+    fresh: float  # the engine has the learner's weights
+    again: float  # and after a second update
+    versions: list[int]
+    too_long: str
+    wrong_device: str
+    no_memory: str
+
+
+def _message(error: type[Exception], function: object, *args: object, **kwargs: object) -> str:
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def run_engine(kind: str, folder: str) -> Report:
+    model = Decoder(KINDS[kind]).init_weights(seed=0)
+    save_pretrained(model, folder)
+    engine = VLLMGenerator(folder, max_num_seqs=16, max_num_batched_tokens=48, kv_cache_gib=0.1)
+    plain = TorchGenerator(folder)
+
+    def sampled() -> list[list[Completion]]:
+        return engine.generate(PROMPTS, SAMPLING, samples=4, seed=1)
+
+    def difference(groups: list[list[Completion]], temperature: float = SAMPLING.temperature) -> float:
+        return worst_difference(model, PROMPTS, groups, temperature)
+
+    first = sampled()
+    greedy, plain_greedy = (g.generate(PROMPTS, GREEDY, 1, 0) for g in (engine, plain))
+    report = Report(
+        sampled=first,
+        repeats=sampled() == first,
+        seed_matters=engine.generate(PROMPTS, SAMPLING, samples=4, seed=2) != first,
+        start=difference(first),
+        greedy=difference(greedy, 1.0),
+        greedy_equals_torch=[g[0].tokens for g in greedy] == [g[0].tokens for g in plain_greedy],
+        torch_scored=difference(plain.generate(PROMPTS, SAMPLING, samples=4, seed=1)),
+        stale=0.0,
+        fresh=0.0,
+        again=0.0,
+        versions=[],
+        too_long=_message(UserError, engine.generate, [[1] * 250], SAMPLING, 1, 0),
+        wrong_device=_message(UserError, VLLMGenerator, folder, device="cuda"),
+        no_memory=_message(UserError, VLLMGenerator, folder, kv_cache_gib=1e-5),
+    )
+    moved(model, seed=1)
+    report.stale = difference(sampled())
+    engine.load_weights(weights.export(to_checkpoint(model)), version=3)
+    groups = sampled()
+    report.fresh = difference(groups)
+    report.versions = sorted({c.version for group in groups for c in group})
+    moved(model, seed=2)
+    engine.load_weights(weights.export(to_checkpoint(model)), version=4)
+    report.again = difference(sampled())
+    engine.close()
+    return report
+
+
+@pytest.fixture(scope="module")
+def engines() -> ProcessPoolExecutor:
+    pytest.importorskip("vllm")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def report(request: pytest.FixtureRequest, engines: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("model")
+    return engines.submit(run_engine, request.param, str(folder)).result(timeout=240)
+
+
+@pytest.mark.vllm
+def test_logprobs_of_sampled_tokens_are_the_learners(report: Report) -> None:
+    assert report.start <= 1e-5
+    assert report.greedy <= 1e-5
+    logprobs = [logprob for group in report.sampled for c in group for logprob in c.logprobs]
+    assert pstdev(logprobs) > 0.5  # a policy that is nearly sure, or uniform, would agree by chance
+
+
+@pytest.mark.vllm
+def test_a_live_weight_update_arrives_whole(report: Report) -> None:
+    assert report.stale > 1e-3
+    assert report.fresh <= 1e-5
+    assert report.again <= 1e-5
+    assert report.versions == [3]
+
+
+@pytest.mark.vllm
+def test_the_plain_generator_agrees(report: Report) -> None:
+    assert report.greedy_equals_torch
+    assert report.torch_scored <= 1e-5
+
+
+@pytest.mark.vllm
+def test_the_same_call_repeats_itself(report: Report) -> None:
+    assert report.repeats
+    assert report.seed_matters
+
+
+@pytest.mark.vllm
+def test_stop_tokens_end_a_completion_and_stay_in_it(report: Report) -> None:
+    completions = [c for group in report.sampled for c in group]
+    assert [len(group) for group in report.sampled] == [4] * len(PROMPTS)
+    assert {c.finish for c in completions} == {"stop", "length"}
+    for c in completions:
+        assert len(c.tokens) == len(c.logprobs)
+        assert not set(c.tokens[:-1]) & {3, 4}
+        assert (c.tokens[-1] in (3, 4)) == (c.finish == "stop")
+
+
+@pytest.mark.vllm
+def test_bad_requests_give_one_clear_line(report: Report) -> None:
+    assert "prompt 0 has 250 tokens" in report.too_long
+    assert "not on cuda" in report.wrong_device
+    assert "raise kv_cache_gib" in report.no_memory
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_pretrained(Decoder(DENSE).init_weights(0), tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"vLLM cannot be imported.*--engine torch"):
+        VLLMGenerator(tmp_path)
+
+
+def test_a_missing_model_folder_is_named_before_vllm_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model folder"):
+        VLLMGenerator(tmp_path / "nowhere")

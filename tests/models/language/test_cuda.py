@@ -1,0 +1,65 @@
+"""The CUDA paths (variable-length flash attention, grouped matrix products) in bfloat16 against float32 on the CPU."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.language.decoder import Decoder
+from models.language.packing import Packing
+from tests.models.language.policies import POLICIES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTHS = (150, 1, 17, 64)
+
+
+@pytest.fixture(params=POLICIES)
+def pair(request: pytest.FixtureRequest) -> tuple[Decoder, Decoder]:
+    """The same weights, representable in bfloat16, on the CPU in float32 and on the GPU in bfloat16."""
+    config = replace(POLICIES[request.param], head_dim=32, initializer_range=0.08)
+    gpu = Decoder(config).init_weights(0).to(torch.bfloat16)
+    return deepcopy(gpu).float(), gpu.cuda()
+
+
+def logits(model: Decoder, tokens_T: torch.Tensor, device: str) -> torch.Tensor:
+    return model.logits(model(tokens_T.to(device), Packing.of(LENGTHS, device))).float().cpu()
+
+
+def test_a_pack_and_its_gradients(pair: tuple[Decoder, Decoder]) -> None:
+    cpu, gpu = pair
+    tokens_T = torch.randint(0, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(sum(LENGTHS), 97, generator=torch.Generator().manual_seed(1))
+    exact, ours = logits(cpu, tokens_T, "cpu"), logits(gpu, tokens_T, "cuda")
+    assert exact.std() > 0.3
+    assert (exact - ours).abs().mean() < 0.05 * exact.std()
+    (exact * direction).mean().backward()
+    (ours * direction).mean().backward()
+    for (name, a), b in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        similarity = torch.cosine_similarity(a.grad.flatten(), b.grad.float().cpu().flatten(), 0)
+        assert similarity > 0.95, f"{name}: {similarity:.4f}"
+
+
+@torch.no_grad()
+def test_sequences_of_a_pack_do_not_see_each_other(pair: tuple[Decoder, Decoder]) -> None:
+    _, gpu = pair
+    tokens_T = torch.randint(0, 97, (sum(LENGTHS),), device="cuda")
+    packed = gpu(tokens_T, Packing.of(LENGTHS, "cuda"))
+    for together, tokens in zip(packed.split(LENGTHS), tokens_T.split(LENGTHS), strict=True):
+        alone = gpu(tokens, Packing.of([len(tokens)], "cuda"))
+        assert (together - alone).abs().float().mean() < 0.02 * alone.float().std()
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache(pair: tuple[Decoder, Decoder]) -> None:
+    _, gpu = pair
+    sequences = [torch.randint(0, 97, (length,), device="cuda") for length in (40, 9)]
+    whole = [gpu(s, Packing.of([len(s)], "cuda")) for s in sequences]
+    cache = gpu.empty_cache(2, 40)
+    gpu(torch.cat([sequences[0][:35], sequences[1][:4]]), Packing.of([35, 4], "cuda"), cache)
+    for step in range(5):
+        tokens = torch.stack([sequences[0][35 + step], sequences[1][4 + step]])
+        ours = gpu(tokens, Packing.of([1, 1], "cuda"), cache)
+        for row, (expected, start) in enumerate(zip(whole, (35, 4), strict=True)):
+            assert (ours[row] - expected[start + step]).abs().float().mean() < 0.03 * expected.float().std()
