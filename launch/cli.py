@@ -68,18 +68,23 @@ def train(arguments: Sequence[str]) -> int:
     trainer = job.trainer()
     entries["name"] = config.run.name or _free_name(config.run.runs_dir, name)
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
-    return _run(name, trainer, config, directory, None)
+    try:
+        return _run(name, trainer, config, directory, None)
+    except UserError:
+        if not directory.has_begun():
+            shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
+        raise
 
 
 def resume(arguments: Sequence[str]) -> int:
     run, flags = _positional("resume", "RUN", arguments)
     directory = RunDirectory.open(_runs_dir("resume", flags), run)
-    if directory.read_summary().get("status") == "finished":
-        raise UserError(f"{directory.root} is finished already: see its summary.json, or train under another --name")
-    if directory.is_live():
-        raise UserError(f"{directory.root} is still being written by another process: wait for it or end it")
     job_name, job, config = _stored_config(directory)
     _check_device(config.run)
+    directory.lock()  # before looking for the newest checkpoint, so that nobody writes a newer one
+    if directory.read_summary().get("status") == "finished":
+        directory.unlock()
+        raise UserError(f"{directory.root} is finished already: see its summary.json, or train under another --name")
     from launch.checkpoint import CheckpointStore
 
     checkpoint = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints).newest()
@@ -176,12 +181,7 @@ def _run(name: str, trainer: Any, config: Any, directory: RunDirectory, checkpoi
     from launch.execution import execute
     from launch.runtime import Runtime
 
-    try:
-        return execute(trainer, config.job, Runtime(name, config.run, directory, checkpoint))
-    except UserError:
-        if not directory.has_begun():
-            shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
-        raise
+    return execute(trainer, config.job, Runtime(name, config.run, directory, checkpoint))
 
 
 def _check_device(run: RunConfig) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import types
 import typing
@@ -114,7 +115,7 @@ def parse(combined: type, arguments: Sequence[str], default: Any = None, *, sour
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{source}: {_first_sentence(complaint.getvalue())}") from None
+        raise UserError(f"{source}: {_sentence(complaint.getvalue())}") from None
     if unknown:
         _refuse_unknown(unknown[0], combined, source)
     return config
@@ -140,17 +141,12 @@ def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _first_sentence(box: str) -> str:
-    """tyro's complaint without its frame, its help text and its line breaks."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip("│ ")
-        if line.startswith(("╭", "╰")):
-            continue
-        if text and not text.strip("─"):
-            break
-        lines.append(text)
-    return re.sub(r"^Error parsing ", "", " ".join(" ".join(lines).split()))
+def _sentence(box: str) -> str:
+    """tyro's complaint without its title, frame, help text and line breaks. The frame depends on the terminal."""
+    lines = [line for line in box.splitlines() if not line.startswith("╭")]
+    groups = itertools.groupby(lines, key=lambda line: bool(re.search(r"\w", line)))
+    sections = [" ".join(line.strip("│ ") for line in group) for has_words, group in groups if has_words]
+    return re.sub(r"^Error parsing ", "", sections[0 if "╭" in box else 1])
 
 
 def read_recipe(name: str, job: str) -> dict[str, Any]:

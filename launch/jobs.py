@@ -53,6 +53,6 @@ def _load(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise UserError(f"this job needs the module {module}, which is not part of this installation") from error

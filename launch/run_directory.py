@@ -106,6 +106,8 @@ class RunDirectory:
         The kernel drops the lock with the process, so a kill -9 leaves none behind, and a lock of this kind does not
         pass to forked children, which may outlive it.
         """
+        if self._lock is not None:
+            return
         with refusals_explained(self.root, "lock"):
             file = (self.root / ".lock").open("a+")
             try:

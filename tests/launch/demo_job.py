@@ -54,9 +54,8 @@ class Sampler:
 
 
 def train(config: DemoConfig, run: "Run") -> None:
-    model = torch.nn.Linear(config.width, 1)
     torch.manual_seed(run.seed)
-    torch.nn.init.normal_(model.weight)
+    model = torch.nn.Linear(config.width, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.lr, amsgrad=config.optimizer.amsgrad)
     seen: dict[int, int] = {}
     start = 0

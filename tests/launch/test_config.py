@@ -1,4 +1,5 @@
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ def test_a_bad_entry_is_named(entries: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,7 +106,10 @@ def test_a_bad_entry_is_named(entries: dict[str, Any], message: str) -> None:
         (["--device", "tpu"], "train test: invalid choice 'tpu' for argument '--device'"),
     ],
 )
-def test_a_bad_flag_is_named(arguments: list[str], message: str) -> None:
+def test_a_bad_flag_is_named(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, encoding: str
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))  # tyro draws its frames accordingly
     with pytest.raises(UserError) as caught:
         flags(*arguments)
     assert str(caught.value).startswith(message)

@@ -1,0 +1,219 @@
+"""The command line, in this process and on the local backend."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import cli, jobs
+from launch.checkpoint import CheckpointStore
+from launch.run_directory import RunDirectory
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in an empty folder; return exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(arguments)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+TRAIN = ("train", "demo", "--backend", "local", "--name")
+
+
+def summary(name: str) -> dict:
+    return json.loads(Path("runs", name, "summary.json").read_text())
+
+
+def test_training_leaves_the_run_directory_of_the_design(command: Command) -> None:
+    code, out, err = command(*TRAIN, "r", "--steps", "4", "--seed", "3")
+    assert (code, err) == (0, "")
+    assert {path.name for path in Path("runs/r").iterdir()} == {
+        ".lock", "config.yaml", "metrics.jsonl", "tb", "checkpoints", "rollouts", "logs", "summary.json",
+    }  # fmt: skip
+    figures = summary("r")
+    assert (figures["job"], figures["status"], figures["seed"], figures["steps"]) == ("demo", "finished", 3, 4)
+    assert figures["wall_s"] > 0
+    assert set(figures["metrics"]) == {"train/loss", "run/actor_restarts", "eval/weight"}
+    assert len(re.findall(r"^step \d/4 \| loss .* s$", out, re.MULTILINE)) == 4
+    assert out.rstrip().endswith("runs/r/summary.json")
+    assert "eval/weight" in out
+    config = yaml.safe_load(Path("runs/r/config.yaml").read_text())
+    assert (config["job"], config["name"], config["steps"], config["optimizer"]) == (
+        "demo", "r", 4, {"lr": 0.1, "amsgrad": False},
+    )  # fmt: skip
+    rows = [json.loads(line) for line in Path("runs/r/rollouts/2-train.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert Path("runs/latest").resolve() == Path("runs/r").resolve()
+
+
+def test_runs_without_a_name_do_not_collide(command: Command) -> None:
+    for _ in range(2):
+        assert command("train", "demo", "--backend", "local", "--steps", "1")[0] == 0
+    assert len(RunDirectory.all(Path("runs"))) == 2
+
+
+def test_the_same_command_gives_the_same_run(command: Command) -> None:
+    for name in ("a", "b"):
+        command(*TRAIN, name)
+    assert summary("a")["metrics"] == summary("b")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trian",), "unknown command 'trian': did you mean train?"),
+        (("train",), "usage: longstride train JOB"),
+        (("train", "demmo"), "unknown job 'demmo': did you mean demo?"),
+        (("train", "demo", "--stepps", "3"), "train demo: unknown flag --stepps: did you mean --steps?"),
+        (("train", "demo", "--steps", "three"), "train demo: --steps: invalid literal"),
+        (("train", "demo", "--recipe", "quick"), "--recipe quick: neither a file nor the name of a recipe"),
+        (("train", "demo", "--runs-dir", "file/runs"), "cannot create the run directory"),
+        (("train", "demo", "--name", "a/b"), "--name 'a/b' cannot name a run"),
+        (("train", "demo", "--device", "cuda"), "--device cuda: torch sees no CUDA GPU"),
+        (("train", "absent"), "this job needs the module nowhere.config"),
+        (("resume", "nothing"), "no run 'nothing' under runs: there is no run yet"),
+        (("evaluate", "nothing"), "no run 'nothing' under runs"),
+        (("resume",), "usage: longstride resume RUN"),
+        (("runs", "--run-dir", "x"), "runs: unknown flag --run-dir: did you mean --runs-dir?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(jobs.JOBS, "absent", jobs.Job("nowhere.config:Config", "nowhere.job:train"))
+    Path("file").touch()
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"longstride: {message}")
+    assert err.count("\n") == 1
+    assert not list(Path().rglob("config.yaml"))
+
+
+def test_bad_recipes_are_named(command: Command) -> None:
+    Path("r.yaml").write_text("job: demo\noptimizer: {lrr: 1}\n")
+    code, _, err = command("train", "demo", "--recipe", "r.yaml")
+    assert code == 2
+    assert err == "longstride: recipe r.yaml: unknown key optimizer.lrr: did you mean optimizer.lr?\n"
+
+
+def test_a_run_directory_that_exists_is_refused(command: Command) -> None:
+    command(*TRAIN, "r", "--steps", "1")
+    before = Path("runs/r/metrics.jsonl").read_text()
+    code, _, err = command(*TRAIN, "r", "--steps", "1")
+    assert code == 2
+    assert err.startswith("longstride: runs/r exists already")
+    assert Path("runs/r/metrics.jsonl").read_text() == before
+
+
+def test_dry_run_prints_config_and_plan_and_writes_nothing(command: Command) -> None:
+    Path("r.yaml").write_text("workers: 3\noptimizer: {lr: 0.5}\n")
+    code, out, _ = command("train", "demo", "--recipe", "r.yaml", "--dry-run", "--optimizer.lr", "0.25")
+    assert code == 0
+    config = yaml.safe_load(out.partition("placement")[0])
+    assert (config["workers"], config["optimizer"]["lr"]) == (3, 0.25)
+    assert re.search(r"sampler\W+3\W+1\W+0\W+0\.50", out)
+    assert re.search(r"total\W+3\W+0\W+1\.50", out)
+    assert not Path("runs").exists()
+
+
+def test_a_resolved_config_is_a_recipe(command: Command) -> None:
+    command(*TRAIN, "first", "--steps", "3", "--tags", "x", "--optimizer.amsgrad", "--target", "0.5")
+    code, _, _ = command("train", "demo", "--recipe", "runs/first/config.yaml", "--name", "second")
+    assert code == 0
+    configs = [yaml.safe_load(Path("runs", name, "config.yaml").read_text()) for name in ("first", "second")]
+    assert configs[0] | {"name": "second"} == configs[1]
+
+
+def test_a_failing_job_says_so_and_can_be_resumed(command: Command) -> None:
+    code, _, err = command(*TRAIN, "r", "--steps", "5", "--fail-at", "3")
+    assert code == 2
+    assert err == "longstride: step 3: the data are bad; use better ones\n"
+    assert (summary("r")["status"], summary("r")["steps"]) == ("failed", 2)
+    path = Path("runs/r/config.yaml")
+    path.write_text(path.read_text().replace("fail_at: 3", "fail_at: 0"))
+    code, out, _ = command("resume", "r")
+    assert code == 0
+    assert re.findall(r"^step (\d)/5", out, re.MULTILINE) == ["3", "4", "5"]
+    assert summary("r")["status"] == "finished"
+    code, _, err = command("resume", "r")
+    assert code == 2
+    assert "is finished already" in err
+
+
+def test_a_bug_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object, run: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tests.launch.demo_job.train", broken)
+    with pytest.raises(ZeroDivisionError):
+        command(*TRAIN, "r")
+    assert summary("r")["status"] == "failed"
+    RunDirectory(Path("runs/r")).lock()  # let go of
+
+
+def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command) -> None:
+    command(*TRAIN, "r", "--steps", "6", "--keep-checkpoints", "6")
+    trained = summary("r")
+    metrics = Path("runs/r/metrics.jsonl").read_text()
+    code, out, _ = command("evaluate", "latest")
+    assert code == 0
+    assert "heldout/weight" in out
+    assert summary("r")["metrics"]["heldout/step"] == 6
+    code, _, _ = command("evaluate", "runs/r/checkpoints/step-00000002", "--workers", "1")
+    assert code == 0
+    evaluated = summary("r")
+    assert evaluated["metrics"].pop("heldout/step") == 2
+    del evaluated["metrics"]["heldout/weight"]
+    assert evaluated == trained, "an evaluation adds its metrics and changes nothing else"
+    assert Path("runs/r/metrics.jsonl").read_text() == metrics
+
+    Path("runs/r/checkpoints/step-00000002/state.json").unlink()
+    code, _, err = command("evaluate", "runs/r/checkpoints/step-00000002")
+    assert code == 2
+    assert "state.json is missing" in err
+    code, _, err = command("evaluate", "r", "--wrokers", "1")
+    assert code == 2
+    assert "did you mean --workers?" in err
+
+
+def test_the_table_of_runs(command: Command) -> None:
+    command(*TRAIN, "good", "--steps", "3")
+    command(*TRAIN, "bad", "--steps", "3", "--fail-at", "2")
+    killed = RunDirectory.create(Path("runs"), "killed", {"job": "demo"})
+    killed.write_summary({"job": "demo", "status": "running", "steps": 7, "metrics": {}})
+    code, out, _ = command("runs")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in out.splitlines() if "demo" in line]
+    assert rows == [
+        ["good", "demo", "finished", "3"],
+        ["bad", "demo", "failed", "1"],
+        ["killed", "demo", "killed", "7"],
+    ]
+
+
+def test_a_damaged_newest_checkpoint_is_stepped_over(command: Command) -> None:
+    command(*TRAIN, "r", "--steps", "4", "--fail-at", "4")
+    newest = CheckpointStore(Path("runs/r/checkpoints"), keep=1).newest()
+    assert newest is not None
+    assert newest.step == 3
+    (newest.path / "tensors.safetensors").write_bytes(b"")
+    path = Path("runs/r/config.yaml")
+    path.write_text(path.read_text().replace("fail_at: 4", "fail_at: 0"))
+    code, out, _ = command("resume", "r")
+    assert code == 0
+    assert "skipping the damaged checkpoint" in out
+    assert re.findall(r"^step (\d)/4", out, re.MULTILINE) == ["3", "4"]
+    steps = [json.loads(line)["step"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
