@@ -100,12 +100,13 @@ class Session:
 
     def learn(self, method: str, *args: Any) -> Any:
         """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint."""
-        return self.learner.call(0, method, *args).result()
+        return self.learner.call(0, method, *args, timeout_s=self.config.learner.timeout_s).result()
 
     def sync(self) -> None:
         """Bring the learner's weights to every worker."""
         self.version += 1
-        weights = self.learner.call(0, "weights", share_result=True).result()
+        give_up_s = self.config.learner.timeout_s
+        weights = self.learner.call(0, "weights", share_result=True, timeout_s=give_up_s).result()
         timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
