@@ -33,7 +33,8 @@ USER_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in {"-h", "--help"}:
+    asks_for_help = bool({"-h", "--help"}.intersection(arguments[:2])) and arguments[0] not in {"runs", "doctor"}
+    if not arguments or asks_for_help:
         print(__doc__)
         print("jobs:", ", ".join(jobs.JOBS))
         return 0 if arguments else USER_ERROR

@@ -1,4 +1,4 @@
-"""Ray on this machine, or a cluster that is already there; and the backend that carries actors on it.
+"""Ray on this machine, or a cluster that is already there.
 
 A cluster of our own listens on loopback only and is as small as Ray can be made: no dashboard, no autoscaler monitor,
 no log monitor (actors write their own log files), no idle workers. Its processes end with the driver, also after a
@@ -8,12 +8,11 @@ thread.
 
 import logging
 import os
-import re
 import shutil
 import signal
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ import ray
 import ray._private.ray_constants
 import ray._private.worker
 
-from launch.actor_environment import actor_environment
-from launch.config import RunConfig
-from launch.ray_group import RayGroup, RayShared
 from models.errors import UserError
 
 _SETTINGS = {
@@ -60,11 +56,13 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
         # where it has no clusters, they listen on loopback.
         os.environ[ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        folder = _session_folder()
+        _sweep(folder.parent)
         ray.init(
             address="local",
             include_dashboard=False,
             object_store_memory=max(512 << 20, psutil.virtual_memory().total // 10),
-            _temp_dir=str(_session_folder()),
+            _temp_dir=str(folder),
             **quiet,
         )
         _drop_helpers()
@@ -91,77 +89,24 @@ def _drop_helpers() -> None:
 
 
 def _session_folder() -> Path:
-    """A short path (the names of Unix sockets in it may not exceed 107 bytes), private to this process.
-
-    Folders of drivers that were killed are removed on the way.
-    """
+    """A short path (the names of Unix sockets in it may not exceed 107 bytes), private to this process."""
     root = Path(tempfile.gettempdir())
-    if len(str(root)) > 20:
-        root = Path("/tmp")
+    return (root if len(str(root)) <= 20 else Path("/tmp")) / f"longstride-{os.getpid()}"
+
+
+def _sweep(root: Path) -> None:
+    """Remove what drivers that were killed left in `root`: their folders, and two agents that outlive them.
+
+    The agents try for a minute to tell the dead cluster of its death, with 190 MB of resident memory.
+    """
     for folder in root.glob("longstride-*"):
-        if (pid := re.fullmatch(r"longstride-(\d+)", folder.name)) and not psutil.pid_exists(int(pid[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-    return root / f"longstride-{os.getpid()}"
-
-
-class RayBackend:
-    """Starts groups of actors on Ray. One per run; the cluster ends with it if it was started for it."""
-
-    def __init__(self, settings: RunConfig, logs: Path, announce: Callable[[str], None]) -> None:
-        self._owns_cluster = not ray.is_initialized()
-        if self._owns_cluster:
-            start(settings.ray_address, logs / "ray.log")
-        self._joined = bool(settings.ray_address)
-        self._device, self._logs, self._announce = settings.device, logs, announce
-        self._groups: list[RayGroup] = []
-
-    def actors(
-        self,
-        cls: type,
-        count: int,
-        resources: Mapping[str, float],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        name: str,
-    ) -> RayGroup:
-        if not self._joined:
-            self._check_room(name, count, resources)
-        variables = {
-            **actor_environment(self._device),
-            "OMP_NUM_THREADS": str(max(1, int(resources.get("cpu", 1)))),
-            "PYTHONPATH": _import_path(),
-        }
-        # On a machine of our own Ray need not share out cores: learner and rollouts take turns on the same ones, and
-        # "cpu" is the number of threads. GPUs are shared out everywhere.
-        placement = resources if self._joined else {**resources, "cpu": 0}
-        group = RayGroup(cls, count, placement, args, kwargs, name, self._logs, variables, self._announce)
-        self._groups.append(group)
-        return group
-
-    def share(self, value: Any) -> RayShared:
-        return RayShared(ray.put(value))
-
-    def close(self) -> None:
-        for group in self._groups:
-            group.close()
-        if self._owns_cluster:
-            stop()
-
-    def _check_room(self, name: str, count: int, resources: Mapping[str, float]) -> None:
-        """Ray would wait for ever for GPUs that this machine does not have."""
-        total = ray.cluster_resources().get("GPU", 0)
-        open_groups = [group for group in self._groups if not group.closed]
-        wanted = count * resources.get("gpu", 0)
-        taken = sum(len(group) * group.resources.get("gpu", 0) for group in open_groups)
-        if taken + wanted > total + 1e-6:
-            raise UserError(
-                f"{count} x {name} need {wanted:g} GPUs, and other actors hold {taken:g} of this machine's {total:g}: "
-                "ask for fewer actors or smaller shares, or join a larger cluster with --ray-address"
-            )
-
-
-def _import_path() -> str:
-    """What this process added to the interpreter's own import path: a checkout, a test folder."""
-    own = (sys.prefix, sys.base_prefix)
-    paths = [str(Path(entry).resolve()) for entry in sys.path if not entry.startswith(own)]
-    return os.pathsep.join(dict.fromkeys(paths))
+        pid = folder.name.removeprefix("longstride-")
+        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+            continue
+        for process in psutil.process_iter(["name"]):
+            if process.info["name"] not in {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}:
+                continue
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)

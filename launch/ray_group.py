@@ -116,7 +116,6 @@ class RayGroup:
         self._sticky: dict[str, _Call] = {}
         self._lock = threading.Lock()  # never taken in Ray's own threads: they only put into the queue
         self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
-        self._opened = False
         self._actors = [_Actor(i, f"{name}-{i}", logs.resolve() / f"{name}-{i}.log") for i in range(count)]
         self._supervisor = threading.Thread(target=self._supervise, name=f"supervisor of {name}", daemon=True)
         self._supervisor.start()
@@ -128,7 +127,6 @@ class RayGroup:
         except BaseException:
             self.close()
             raise
-        self._opened = True
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -262,7 +260,7 @@ class RayGroup:
             call.future.set_result(value)
 
     def _settle_setup(self, actor: _Actor, life: _Life, call: _Call, value: Any, error: BaseException | None) -> None:
-        if error is not None and not self._opened:
+        if error is not None and not actor.ready.done():
             actor.ready.set_exception(_own_type(error))
         elif error is not None:
             self._bury(actor, life, f"its {call.method} raised {_own_type(error)!r} when it was repeated")
@@ -284,19 +282,18 @@ class RayGroup:
             call = life.pending[0]
             if call.timeout_s is None or call.started is None or time.monotonic() - call.started < call.timeout_s:
                 continue
-            if call in life.setup:
-                actor.stillbirths = STARTS  # what took this long once is not tried again
-            self._bury(actor, life, f"{call.method or 'its start'} ran past its limit of {call.timeout_s:g} s")
+            cause = f"{call.method or 'its start'} ran past its limit of {call.timeout_s:g} s"
+            self._bury(actor, life, cause, again=call not in life.setup)  # a start that took this long is not repeated
 
-    def _bury(self, actor: _Actor, life: _Life, cause: str) -> None:
+    def _bury(self, actor: _Actor, life: _Life, cause: str, again: bool = True) -> None:
         """Make sure that a process is gone, start the next one, and let the lost calls fail."""
         _end(life)
         lost = life.pending[0].method if life.pending else ""
         error = ActorDied(f"{actor.label} died during {lost or 'its start'}: {cause}. {last_lines(life.birth)}")
         lost_calls, life.pending = life.pending, deque()
         actor.stillbirths += bool(life.setup)
-        if actor.stillbirths >= STARTS:
-            actor.given_up = ActorDied(f"gave up {actor.label} after {actor.stillbirths} failed starts. {error}")
+        if actor.stillbirths >= STARTS or not again:
+            actor.given_up = ActorDied(f"gave up {actor.label}, starts failed: {actor.stillbirths}. {error}")
             error = actor.given_up
             if not actor.ready.done():
                 actor.ready.set_exception(error)

@@ -66,7 +66,7 @@ class Runtime:
     def _carrier(self) -> Backend:
         if self._backend is None:
             if self._settings.backend == "ray":
-                from launch.cluster import RayBackend
+                from launch.ray_backend import RayBackend
 
                 self._backend = RayBackend(self._settings, self._files.logs, self.console.print)
             else:

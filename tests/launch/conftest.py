@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from launch import jobs
-from launch.cluster import RayBackend
 from launch.config import RunConfig
+from launch.ray_backend import RayBackend
 from tests.launch import demo_job
 
 

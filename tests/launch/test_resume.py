@@ -123,14 +123,15 @@ def test_on_ray_driver_and_actors_may_be_killed(tmp_path: Path) -> None:
     await_steps(killed, 8, driver)
     assert json.loads(killed.metrics.read_text().splitlines()[-1])["run/actor_restarts"] == 1
 
-    # Ray's two agents take a minute to notice the end; they hold nothing that a new run needs.
-    agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-    family = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() not in agents]
+    family = psutil.Process(driver.pid).children(recursive=True)
+    agents = [process for process in family if process.name() in {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}]
     driver.kill()
     driver.communicate()
     resumed = spawn("resume", "killed", "--runs-dir", str(tmp_path))  # while the old cluster may still be falling apart
-    assert len(family) >= 4
-    assert all(map(is_gone, family)), "servers and actors end with their driver"
+    assert len(agents) == 2
+    assert len(family) >= 6
+    assert all(is_gone(p) for p in family if p not in agents), "servers and actors end with their driver"
+    assert all(map(is_gone, agents)), "Ray's agents end at the latest with the next start"
     code, _, err = finish(resumed)
     assert code == 0, err
     assert_equal_runs(killed, reference)
