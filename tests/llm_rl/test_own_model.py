@@ -25,7 +25,11 @@ print(json.dumps([[p, c.tokens, c.logprobs] for p, group in zip(prompts, groups)
 @pytest.mark.vllm
 @pytest.mark.ray
 def test_own_folder_and_file_train_and_load_elsewhere_with_equal_logprobs(tmp_path: Path) -> None:
-    rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    rows = [
+        {"prompt": f"What is {a} + {b}?", "answer": str(a + b), "solution": str(a + b)}
+        for a in range(8)
+        for b in range(8)
+    ]
     problems = tmp_path / "own.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
@@ -41,7 +45,7 @@ def test_own_folder_and_file_train_and_load_elsewhere_with_equal_logprobs(tmp_pa
 
     flags = ["--model", str(folder), "--problems", str(problems), "--rl.iterations", "2", "--rl.max-tokens", "12"]
     flags += ["--rl.problems-per-iteration", "8", "--rl.samples", "4", "--eval.count", "6", "--rollout.workers", "1"]
-    flags += ["--runs-dir", str(tmp_path), "--name", "own", "--learner.threads", "1", "--rl.lr", "1e-3"]
+    flags += ["--runs-dir", str(tmp_path), "--name", "own", "--learner.threads", "1", "--sft.steps", "4"]
     train = [sys.executable, "-m", "launch", "train", "reason", *flags]
     done = subprocess.run(train, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +62,7 @@ def test_own_folder_and_file_train_and_load_elsewhere_with_equal_logprobs(tmp_pa
     for prompt, tokens, logprobs in json.loads(served.stdout.splitlines()[-1]):
         expected = score(theirs, prompt, tokens)
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
-        assert (score(before, prompt, tokens) - expected).abs().max() > 1e-3  # RL has moved the policy
+        assert (score(before, prompt, tokens) - expected).abs().max() > 1e-3  # training has moved the policy
 
 
 @torch.no_grad()
