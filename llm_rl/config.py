@@ -45,6 +45,7 @@ class LearnerConfig:
     router_z_loss_coef: float = 0.0
     threads: int = 2  # CPU threads of the learner
     gpu_share: float = 0.4  # share of a GPU that Ray accounts to the learner
+    timeout_s: float = 3600.0  # a step that takes longer ends the job; its state is in the last checkpoint
 
 
 @dataclass

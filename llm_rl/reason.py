@@ -77,30 +77,33 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         lr = rl.lr * (1 - (1 - rl.final_lr_ratio) * iteration / rl.iterations)
         metrics |= session.learn("iterate", samples, rl, lr, derive_seed(run.seed, "minibatches", iteration), step)
         learned = time.perf_counter()
-        sync_s = session.sync()
+        session.sync()
+        times = durations(begin, rolled, learned, time.perf_counter(), metrics["train/tokens"])
+        restarts = {"run/actor_restarts": float(session.workers.restarts)}
         session.record(step, "train", problems, attempts)
-        tokens = metrics["train/tokens"]
-        telling = ("train/reward", "train/correct", "train/mean_tokens", "train/mismatch_kl", "train/grad_norm")
-        metrics = (
-            {name: metrics[name] for name in telling}
-            | metrics
-            | sampler.metrics()
-            | {
-                "time/rollout_s": rolled - begin,
-                "time/learn_s": learned - rolled,
-                "time/sync_s": sync_s,
-                "time/tokens_per_s": tokens / (time.perf_counter() - begin),
-                "time/rollout_tokens_per_s": tokens / (rolled - begin),
-                "run/actor_restarts": float(session.workers.restarts),
-            }
-        )
-        run.log(step, metrics, total)
+        run.log(step, telling_first(metrics | sampler.metrics() | times | restarts), total)
         if config.eval.every and (iteration + 1) % config.eval.every == 0 and step < total:
             session.evaluate("current", step)
         if (iteration + 1) % config.save_every == 0 or step == total:
             state_now = {"phase": "rl", "step": step, "version": session.version, "sampler": sampler.state()}
             run.save(step, state_now | {"learner": session.learn("state")}, score=metrics["train/reward"])
     session.evaluate("rl", total)
+
+
+def durations(begin: float, rolled: float, learned: float, synced: float, tokens: float) -> dict[str, float]:
+    return {
+        "time/rollout_s": rolled - begin,
+        "time/learn_s": learned - rolled,
+        "time/sync_s": synced - learned,
+        "time/tokens_per_s": tokens / (synced - begin),
+        "time/rollout_tokens_per_s": tokens / (rolled - begin),
+    }
+
+
+def telling_first(metrics: dict[str, float]) -> dict[str, float]:
+    """The console shows the first few metrics of a step."""
+    telling = ("train/reward", "train/correct", "train/mean_tokens", "train/mismatch_kl", "train/grad_norm")
+    return {name: metrics[name] for name in telling} | metrics
 
 
 def judge(

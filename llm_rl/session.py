@@ -6,7 +6,6 @@ The job itself (sft.py, reason.py) is then a short loop over these verbs.
 import contextlib
 import random
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,19 +100,18 @@ class Session:
 
     def learn(self, method: str, *args: Any) -> Any:
         """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint."""
-        return self.learner.call(0, method, *args).result()
+        return self.learner.call(0, method, *args, timeout_s=self.config.learner.timeout_s).result()
 
-    def sync(self) -> float:
-        """Bring the learner's weights to every worker; return the seconds it took."""
-        start = time.perf_counter()
+    def sync(self) -> None:
+        """Bring the learner's weights to every worker."""
         self.version += 1
-        weights = self.learner.call(0, "weights", share_result=True).result()
+        give_up_s = self.config.learner.timeout_s
+        weights = self.learner.call(0, "weights", share_result=True, timeout_s=give_up_s).result()
         timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
             with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
                 push.result()
-        return time.perf_counter() - start
 
     def attempt(
         self, problems: Sequence[Problem], sampling: SamplingConfig, samples: int, seed: int

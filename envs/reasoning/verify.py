@@ -47,9 +47,14 @@ def exact(problem: Problem, completion: str) -> Verdict:
 
 @register("gym")
 def gym(problem: Problem, completion: str) -> Verdict:
-    """The reasoning-gym dataset's own score, which may be partial."""
+    """The reasoning-gym dataset's own score, which may be partial. Some scorers raise on what they cannot read."""
     answer = extract_answer(completion)
-    return UNPARSABLE if answer is None else verdict_of(gym_dataset.score(answer, problem.metadata))
+    if answer is None:
+        return UNPARSABLE
+    try:
+        return verdict_of(gym_dataset.score(answer, problem.metadata))
+    except (ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, AttributeError):
+        return UNPARSABLE
 
 
 # math-verify ends its own work by SIGALRM, softly, before the pool kills the process. It counts whole seconds.

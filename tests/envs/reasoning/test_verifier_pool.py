@@ -56,15 +56,15 @@ def test_a_misbehaving_verifier_costs_its_own_item_only(deed: str, reason: str) 
 
 def test_nothing_is_lost_and_nothing_changes_place_in_a_mixed_batch() -> None:
     fates = {"yes": "correct", "no": "wrong", "exit 1": "crash", "sleep 600": "timeout", "x" * 2000: "too_long"}
-    completions = random.Random(0).choices(list(fates), weights=[60, 60, 3, 3, 5], k=120)
+    completions = random.Random(0).choices(list(fates), weights=[60, 60, 3, 2, 5], k=120)
     assert set(completions) == set(fates)
-    with hostile_pool(workers=2, timeout_s=0.3, max_characters=1000) as pool:
+    with hostile_pool(workers=2, timeout_s=1.0, max_characters=1000) as pool:
         assert reasons(pool, completions) == [fates[completion] for completion in completions]
         assert pool.counts == Counter(fates[completion] for completion in completions)
 
 
 def test_a_batch_whose_every_item_fails() -> None:
-    with hostile_pool(workers=2, timeout_s=0.2) as pool:
+    with hostile_pool(workers=2, timeout_s=1.0) as pool:
         assert reasons(pool, ["exit 1", "sleep 9", "segfault"] * 3) == ["crash", "timeout", "crash"] * 3
 
 
