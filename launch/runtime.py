@@ -38,7 +38,10 @@ class Runtime:
         self.started_from = checkpoint.step if checkpoint else 0
         self.console = RunConsole(self.name, self.started_from)
         self._settings, self._files, self._checkpoint = settings, directory, checkpoint
-        self._earlier_wall_s = checkpoint.wall_s if checkpoint else 0.0
+        # After a kill the checkpoint knows best, after an interrupt the summary does.
+        self._earlier_wall_s = max(
+            checkpoint.wall_s if checkpoint else 0.0, directory.read_summary().get("wall_s", 0.0)
+        )
         self._started = time.monotonic()
         self._backend: Backend | None = None
         self._step = self.started_from

@@ -1,4 +1,4 @@
-"""Actors for the tests of the groups."""
+"""Actors of the tests. They do not import torch, and start the faster for it."""
 
 import ctypes
 import os
@@ -59,6 +59,20 @@ class Counter:
 
     def fork(self) -> int:
         return subprocess.Popen(["sleep", "600"]).pid
+
+
+class Sampler:
+    """Draws targets from nothing but its arguments, so a call may be repeated."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+    def load(self, shift: float) -> None:
+        self.shift = shift
+
+    def draw(self, seed: int, width: int, pause: float) -> np.ndarray:
+        time.sleep(pause)
+        return np.random.default_rng(seed).normal(size=width) + self.shift
 
 
 class Picky:

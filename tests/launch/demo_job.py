@@ -5,7 +5,6 @@ python -m tests.launch.demo_job train demo
 
 import dataclasses
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from launch import cli, jobs
 from models.errors import UserError
 from models.seeding import derive_seed
+from tests.launch.actors import Sampler
 
 if TYPE_CHECKING:
     from launch.run import Run
@@ -39,46 +39,28 @@ class DemoConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-class Sampler:
-    """Draws targets from nothing but its arguments, so a call may be repeated."""
-
-    def __init__(self) -> None:
-        self.shift = 0.0
-
-    def load(self, shift: float) -> None:
-        self.shift = shift
-
-    def draw(self, seed: int, width: int, pause: float) -> np.ndarray:
-        time.sleep(pause)
-        return np.random.default_rng(seed).normal(size=width) + self.shift
-
-
 def train(config: DemoConfig, run: "Run") -> None:
-    torch.manual_seed(run.seed)
-    model = torch.nn.Linear(config.width, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.lr, amsgrad=config.optimizer.amsgrad)
+    weight = torch.randn(config.width, generator=torch.Generator().manual_seed(run.seed))
+    momentum = np.zeros(config.width, dtype=np.float32)
     seen: dict[int, int] = {}
     start = 0
     if (state := run.restore()) is not None:
-        start, seen = state["step"], state["seen"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        start, seen, weight, momentum = state["step"], state["seen"], state["weight"], state["momentum"]
     samplers = run.actors(Sampler, config.workers, {"cpu": 1})
     samplers.broadcast("load", run.share(1.5), sticky=True)
     for step in range(start + 1, config.steps + 1):
         if step == config.fail_at:
             raise UserError(f"step {step}: the data are bad; use better ones")
         targets = draw(samplers, config, derive_seed(run.seed, "draw", step))
-        loss = ((model.weight[0] - torch.from_numpy(targets).float()) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        error = weight - torch.from_numpy(targets).float()
+        momentum = 0.9 * momentum + error.numpy()
+        weight = weight - config.optimizer.lr * torch.from_numpy(momentum)
+        loss = error.square().mean().item()
         seen[step % 3] = seen.get(step % 3, 0) + 1
         run.record(step, "train", [{"target": float(value)} for value in targets])
-        run.log(step, {"train/loss": loss.item(), "run/actor_restarts": samplers.restarts}, config.steps)
-        state = {"step": step, "seen": seen, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(step, state, score=-loss.item())
-    run.summarize({"eval/weight": model.weight.mean().item()})
+        run.log(step, {"train/loss": loss, "run/actor_restarts": samplers.restarts}, config.steps)
+        run.save(step, {"step": step, "seen": seen, "weight": weight, "momentum": momentum}, score=-loss)
+    run.summarize({"eval/weight": weight.mean().item()})
 
 
 def draw(samplers: Any, config: DemoConfig, seed: int) -> np.ndarray:
@@ -100,7 +82,7 @@ def draw(samplers: Any, config: DemoConfig, seed: int) -> np.ndarray:
 def evaluate(config: DemoConfig, run: "Run") -> None:
     state = run.restore()
     assert state is not None
-    run.summarize({"heldout/weight": state["model"]["weight"].mean().item(), "heldout/step": state["step"]})
+    run.summarize({"heldout/weight": state["weight"].mean().item(), "heldout/step": state["step"]})
 
 
 def plan(config: DemoConfig) -> list[tuple[str, int, float, float, float]]:

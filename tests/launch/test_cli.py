@@ -63,10 +63,19 @@ def test_runs_without_a_name_do_not_collide(command: Command) -> None:
     assert len(RunDirectory.all(Path("runs"))) == 2
 
 
-def test_the_same_command_gives_the_same_run(command: Command) -> None:
-    for name in ("a", "b"):
-        command(*TRAIN, name)
+def test_the_same_seed_gives_the_same_run(command: Command) -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        command(*TRAIN, name, "--seed", seed)
     assert summary("a")["metrics"] == summary("b")["metrics"]
+    assert summary("a")["metrics"] != summary("c")["metrics"]
+
+
+def test_help_names_the_jobs(command: Command) -> None:
+    for arguments in (("--help",), ("train", "--help")):
+        code, out, err = command(*arguments)
+        assert (code, err) == (0, "")
+        assert "longstride train JOB" in out
+        assert re.search("^jobs: .*demo", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

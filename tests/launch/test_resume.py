@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -61,10 +62,10 @@ def history(directory: RunDirectory) -> list[dict]:
 def same(a: object, b: object) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
     return a == b
 
 
@@ -92,13 +93,13 @@ def train_to_the_end(runs_dir: Path, backend: str, *arguments: str) -> RunDirect
 
 
 def test_a_run_killed_again_and_again_equals_the_undisturbed_one(tmp_path: Path) -> None:
-    shape = ("--steps", "60", "--pause", "0.01", "--keep-checkpoints", "2")
+    shape = ("--steps", "60", "--pause", "0.02", "--keep-checkpoints", "2")
     reference = train_to_the_end(tmp_path, "local", *shape)
     killed = RunDirectory(tmp_path / "killed")
     rng = random.Random(4)
     command = ("train", "demo", "--runs-dir", str(tmp_path), "--name", "killed", "--backend", "local", *shape)
     kills = 0
-    for goal in range(8, 60, 13):
+    for goal in (10, 25, 40):
         process = spawn(*command)
         await_steps(killed, goal, process)
         time.sleep(rng.uniform(0, 0.05))
@@ -106,7 +107,7 @@ def test_a_run_killed_again_and_again_equals_the_undisturbed_one(tmp_path: Path)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         command = ("resume", "killed", "--runs-dir", str(tmp_path))
-    assert kills == 4
+    assert kills == 3
     assert killed.read_summary()["status"] == "running", "nobody was left to say otherwise"
     code, _, err = finish(spawn(*command))
     assert code == 0, err
