@@ -13,7 +13,10 @@ def examine(monkeypatch: pytest.MonkeyPatch, check: str, plugin: str = "register
 
 
 def test_a_sound_installation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert examine(monkeypatch, "import os; print('noise'); print('engine', os.environ['VLLM_ENABLE_V1_MULTIPROCESSING'])") == 0
+    assert (
+        examine(monkeypatch, "import os; print('noise'); print('engine', os.environ['VLLM_ENABLE_V1_MULTIPROCESSING'])")
+        == 0
+    )
     out = capsys.readouterr().out
     for finding in ("python", "torch", "ray", "GiB free at", "engine 0", "registered"):
         assert finding in out
