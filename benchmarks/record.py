@@ -19,7 +19,7 @@ def write_result(
     entries.append(
         {
             "benchmark": benchmark,
-            "command": command or " ".join(["python", *sys.argv]),
+            "command": command or " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
             "machine": machine or describe_machine(),
             "commit": _commit(),
             "date": date.today().isoformat(),
