@@ -8,8 +8,10 @@ thread.
 
 import logging
 import os
+import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -46,16 +48,15 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(f"--ray-address {address}: no Ray cluster answers there ({first_line})") from error
+        _join(address, quiet)
     else:
         # Without this Ray looks up an outward address and its servers listen on all of them; on Windows and macOS,
         # where it has no clusters, they listen on loopback.
         os.environ[ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        # Other users of the machine reach loopback too. Ray would keep its token in the home folder, which may not be
+        # writable; this one lives as long as the run.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = _session_folder()
         _sweep(folder.parent)
         ray.init(
@@ -68,6 +69,22 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
         _drop_helpers()
     for number, handler in handlers.items():
         signal.signal(number, handler)  # ray.init puts its own there
+
+
+def _join(address: str, quiet: Mapping[str, Any]) -> None:
+    host, colon, port = address.rpartition(":")
+    if address != "auto" and not (host and colon and port.isdigit() and "/" not in host):
+        raise UserError(f"--ray-address {address}: write host:port, or auto")
+    try:
+        if address != "auto":  # Ray itself tries for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"--ray-address {address}: no Ray cluster answers there ({reason}); one that was started with a token is "
+            "joined with RAY_AUTH_MODE=token in the environment"
+        ) from error
 
 
 def stop() -> None:

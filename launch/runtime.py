@@ -130,7 +130,11 @@ class Runtime:
 
     def _report(self, title: str, figures: Mapping[str, float]) -> None:
         self.console.close()
-        self.table(title, ["metric", "value"], [[name, f"{value:.6g}"] for name, value in figures.items()])
+        rows = [[name, f"{value:.6g}"] for name, value in figures.items()]
+        if rows:
+            self.table(title, ["metric", "value"], rows)
+        else:
+            self.console.print(title)
         self.console.print(str(self._files.summary))
 
     def close(self) -> None:

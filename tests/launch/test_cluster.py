@@ -1,0 +1,26 @@
+import socket
+
+import pytest
+
+from launch import cluster
+from models.errors import UserError
+
+
+@pytest.mark.parametrize("address", ["nonsense", ":6379", "ray://head:10001", "head:port"])
+def test_an_address_of_the_wrong_form_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="write host:port, or auto"):
+        cluster._join(address, {})
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, so that nobody else listens there either
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--ray-address {address}: no Ray cluster answers there .*refused"):
+            cluster._join(address, {})
+
+
+def test_session_folders_leave_room_for_the_names_of_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/a/rather/long/path/to/temporary/files/of/someone")
+    socket_name = cluster._session_folder() / "session_2026-01-01_00-00-00_000000_1234567" / "sockets" / "plasma_store"
+    assert len(str(socket_name)) <= 107
