@@ -7,7 +7,12 @@ from typing import Any
 
 from models.errors import UserError
 
-MIXER_KINDS = ("full_attention", "linear_attention")
+MIXER_KINDS = (
+    "full_attention", "sliding_attention", "strided_attention", "fixed_attention",
+    "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
+    "gated_attention_unit",
+)  # fmt: skip
+BIDIRECTIONAL_KINDS = ("linformer_attention", "nystromformer_attention")  # modules, but not for a causal policy
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "longstride")
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -43,7 +48,12 @@ class LanguageConfig:
 
     layer_types: tuple[str, ...] = ()  # sequence mixer of each layer, of MIXER_KINDS; empty: all full_attention
     qk_norm: bool = True  # RMSNorm on each head's query and key (Qwen3)
-    attention_bias: bool = False  # bias on q, k, v and o of full_attention
+    attention_bias: bool = False  # bias on q, k, v and o of softmax attention, full or sparse
+    sliding_window: int = 256  # tokens that a token reads in sliding_attention, itself included
+    sparse_stride: int = 64  # of strided_attention and fixed_attention
+    sparse_summary: int = 8  # positions at the end of each stride that all later tokens read in fixed_attention
+    performer_features: int = 64  # random features for each head of performer_attention
+    gau_chunk_size: int = 256  # tokens that gated_attention_unit reads pair by pair
 
     num_experts: int = 0  # 0: every MLP is dense
     num_experts_per_tok: int = 2
@@ -67,8 +77,12 @@ class LanguageConfig:
     def mixer_kind(self, layer: int) -> str:
         return self.layer_types[layer] if self.layer_types else "full_attention"
 
+    def has_mlp(self, layer: int) -> bool:
+        """A gated attention unit is attention and MLP in one."""
+        return self.mixer_kind(layer) != "gated_attention_unit"
+
     def is_moe(self, layer: int) -> bool:
-        return (
+        return self.has_mlp(layer) and (
             self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
 
@@ -128,11 +142,21 @@ class LanguageConfig:
                 f"model config: layer_types names {len(self.layer_types)} layers but num_hidden_layers is "
                 f"{self.num_hidden_layers}; give one kind per layer"
             )
-        for kind in self.layer_types:
+        for layer, kind in enumerate(self.layer_types):
+            if kind in BIDIRECTIONAL_KINDS:
+                raise UserError(
+                    f"model config: layer_types names {kind!r} for layer {layer}, which reads later tokens too; "
+                    f"a causal policy can have {', '.join(MIXER_KINDS)}"
+                )
             if kind not in MIXER_KINDS:
                 raise UserError(
                     f"model config: layer_types has the unknown kind {kind!r}; the kinds are {', '.join(MIXER_KINDS)}"
                 )
+        if not 1 <= self.sparse_summary <= self.sparse_stride:
+            raise UserError(
+                f"model config: sparse_summary is {self.sparse_summary}; it must lie between 1 and sparse_stride "
+                f"({self.sparse_stride})"
+            )
         for layer in self.mlp_only_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 raise UserError(
@@ -219,7 +243,7 @@ class LanguageConfig:
         model_type = self.model_type
         dropped = set()
         if model_type != "longstride":
-            dropped |= {"qk_norm", "shared_expert_intermediate_size"}
+            dropped |= {"qk_norm", "shared_expert_intermediate_size"} | _MIXER_FIELDS
         if model_type in ("qwen3", "llama"):
             dropped |= _MOE_FIELDS
         if model_type in ("qwen3_moe", "llama"):
@@ -235,9 +259,11 @@ class LanguageConfig:
 
 _POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "moe_intermediate_size", "decoder_sparse_step", "max_position_embeddings",
+    "intermediate_size", "moe_intermediate_size", "decoder_sparse_step", "max_position_embeddings", "sliding_window",
+    "sparse_stride", "performer_features", "gau_chunk_size",
 )  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MIXER_FIELDS = {"sliding_window", "sparse_stride", "sparse_summary", "performer_features", "gau_chunk_size"}
 _MOE_FIELDS = {
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef",
     "mlp_only_layers", "decoder_sparse_step",
