@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from tests.llm_rl.scoring import moved, worst_difference
-from tests.models.language.policies import DENSE, HYBRID, MOE
+from tests.models.language.policies import DENSE, HYBRID, MOE, RECURRENT, SPARSE
 
 KINDS = {
     "dense": replace(DENSE, head_dim=32),
@@ -31,6 +31,8 @@ KINDS = {
     "moe, tied": replace(MOE, head_dim=32, tie_word_embeddings=True),
     "hybrid": replace(HYBRID, head_dim=32),
     "hybrid, untied": replace(HYBRID, head_dim=32, tie_word_embeddings=False, norm_topk_prob=False),
+    "sparse": replace(SPARSE, head_dim=32),
+    "recurrent": replace(RECURRENT, head_dim=32),
     "softmax with shared expert": replace(HYBRID, head_dim=32, layer_types=(), qk_norm=False, initializer_range=0.12),
 }
 # Longer than an engine step of 48 tokens, so read in pieces; of one token, which vLLM takes for decoding; and between.
