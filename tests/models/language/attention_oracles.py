@@ -98,6 +98,18 @@ def delta_oracle(name: str) -> Function:
     return run
 
 
+def fla_decay(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor) -> Tensor:
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
+    return naive_recurrent_simple_gla(q, k, v, log_g, scale=1.0)[0]
+
+
+def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    return naive_recurrent_gated_delta_rule(q, k, v, beta, log_g, scale=1.0)[0]
+
+
 def elu_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.einsum("bihf,bjhf->bhij", F.elu(q) + 1, F.elu(k) + 1).tril()
     return torch.einsum("bhij,bjhc->bihc", weights / weights.sum(-1, keepdim=True), v)
@@ -323,7 +335,7 @@ def sets(pattern: Pattern, reads: Callable[[int], set[int]]) -> tuple[Function, 
 
 
 F32 = torch.float32
-WRITTEN = "written out, float64"
+WRITTEN, FLA = "written out, float64", "flash-linear-attention"
 CASES = [
     Case("linear_attention, parallel", WRITTEN, decay_inputs, first(linear_attention.parallel), decay_recurrence),
     Case("linear_attention, chunked", WRITTEN, decay_inputs, first(linear_attention.chunked), decay_recurrence),
@@ -340,6 +352,8 @@ CASES = [
         for form in (delta_rule.parallel, delta_rule.chunked, delta_rule.recurrent)
         for name in ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
     ),
+    Case("linear_attention, chunked", FLA, decay_inputs, first(linear_attention.chunked), fla_decay, F32),
+    Case("gated_delta_rule, chunked", FLA, delta_inputs, first(delta_rule.chunked), fla_delta, F32),
     Case("elu_attention", WRITTEN, qkv, elu_ours, elu_weights),
     Case("elu_attention", "performer-pytorch", qkv, elu_ours, elu_library),
     Case("performer_attention", "performer-pytorch", qkv, favor_ours, favor_library),
