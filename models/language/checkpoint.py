@@ -15,6 +15,7 @@ from torch import Tensor
 from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
+from models.language.families import FAMILIES
 from models.language.lora import adapters
 
 SHARD_BYTES = 5 * 10**9
@@ -36,13 +37,14 @@ def read_config(folder: str | Path) -> LanguageConfig:
 def load_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Read a Qwen3, Qwen3-MoE, Llama or longstride folder. Raises UserError for anything missing, broken or misfit."""
+    """Read a folder of any of families.FAMILIES, in evaluation mode. Raises UserError for anything missing, broken or
+    misfit."""
     config = read_config(folder)
     with torch.device("meta"):  # no memory and no initialisation for weights that are about to be read
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     load_checkpoint_tensors(model, read_tensors(folder), str(folder))
-    return model
+    return model.eval()
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -64,7 +66,8 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
     Raises UserError naming the first missing, unexpected or mis-shaped tensor.
     """
-    slots = checkpoint_slots(model)
+    family = FAMILIES[model.config.model_type]
+    slots = {family.tensor_name(name): weight for name, weight in checkpoint_slots(model).items()}
     waiting = set(slots)
     for name, tensor in named:
         if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -84,9 +87,10 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
 
 def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:
-    """Views into the model's weights, by the names and in the pieces that a checkpoint has (one piece per expert)."""
+    """Views into the model's weights and its routers' biases, by the names and in the pieces of a Qwen3-MoE checkpoint
+    (one piece per expert)."""
     slots = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith((".lora_A", ".lora_B")):
             continue
         name = name if name.startswith("lm_head.") else f"model.{name}"
@@ -104,10 +108,12 @@ def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:
 
 
 def to_checkpoint(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint names and tensors, adapters merged in. The model is left as it is; the tensors may be views of it."""
+    """Tensors by the names of the model's family, adapters merged in. The model is left as it is; the tensors may be
+    views of it."""
     adapted = {f"model.{name}.weight": layer for name, layer in adapters(model).items()}
+    family = FAMILIES[model.config.model_type]
     for name, tensor in checkpoint_slots(model).items():
-        yield name, adapted[name].merged_weight() if name in adapted else tensor
+        yield family.tensor_name(name), adapted[name].merged_weight() if name in adapted else tensor
 
 
 def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: str | Path | None = None) -> None:

@@ -12,10 +12,11 @@ from models.language.cache import Cache, LayerCache
 from models.language.config import LanguageConfig
 from models.language.linear_attention import Decay, LinearAttention
 from models.language.mlp import DenseMLP
-from models.language.moe import MixtureOfExperts, RouterRecord
+from models.language.moe import MixtureOfExperts
 from models.language.norm import RMSNorm
 from models.language.packing import Packing
 from models.language.rope import inverse_frequencies, rotation
+from models.language.router import Router, RouterTrace
 
 # A new kind is a class with the same constructor, `forward` and `empty_cache`, and its name in config.MIXER_KINDS.
 MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
@@ -39,7 +40,7 @@ class DecoderLayer(nn.Module):
         packing: Packing,
         cos_sin: tuple[Tensor, Tensor],
         cache: LayerCache | None,
-        trace: list[RouterRecord] | None,
+        trace: RouterTrace | None,
     ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing, cos_sin, cache)
         h_TD = self.post_attention_layernorm(x_TD)
@@ -72,12 +73,13 @@ class Decoder(nn.Module):
         tokens_T: Tensor,
         packing: Packing,
         cache: Cache | None = None,
-        trace: list[RouterRecord] | None = None,
+        trace: RouterTrace | None = None,
     ) -> Tensor:
         """Return the final-normed hidden states, [T, D].
 
         With a cache the pack continues the cached sequences (`packing.lengths` new tokens each), and the cache
-        grows; without one each sequence of the pack stands alone. `trace` receives a RouterRecord per mixture layer.
+        grows; without one each sequence of the pack stands alone. `trace` receives what the
+        routers did, or tells them what to do.
         """
         if cache is not None:
             packing = packing.after(cache.lengths)
@@ -121,4 +123,10 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Decay):
                 module.bias.copy_(Decay.initial_bias(module.bias.numel()))
+            if isinstance(module, Router) and module.has_bias:
+                module.e_score_correction_bias.zero_()
         return self
+
+    def routers(self) -> list[Router]:
+        """The routers of the mixture layers, in the order of a trace's records."""
+        return [module for module in self.modules() if isinstance(module, Router)]

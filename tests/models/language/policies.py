@@ -32,4 +32,19 @@ HYBRID = replace(
     mlp_only_layers=(1,),
     tie_word_embeddings=True,
 )
-POLICIES = {"dense": DENSE, "moe": MOE, "hybrid": HYBRID}
+DEEPSEEK = (
+    replace(  # DeepSeek-V3's mixture: sigmoid scores, groups, a selection bias, a shared expert, dense layers first
+        MOE,
+        num_experts=8,
+        num_experts_per_tok=3,
+        scoring_func="sigmoid",
+        routed_scaling_factor=2.5,
+        n_group=4,
+        topk_group=2,
+        router_selection_bias=True,
+        shared_expert_intermediate_size=64,
+        shared_expert_gate=False,
+        mlp_only_layers=(0,),
+    )
+)
+POLICIES = {"dense": DENSE, "moe": MOE, "hybrid": HYBRID, "deepseek": DEEPSEEK}
