@@ -69,11 +69,15 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SM: Tensor, weight_ENM: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_SM, weight_ENM, ends_E)
+        if len(x_SM) == 0:  # grouped_mm refuses it
+            return x_SM.new_empty(0, weight_ENM.shape[1])
         return F.grouped_mm(x_SM, weight_ENM.mT, offs=ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_SM, weight_ENM, ends_E = ctx.saved_tensors
+        if len(x_SM) == 0:
+            return torch.zeros_like(x_SM), torch.zeros_like(weight_ENM), None
         grad_SN = grads[0].contiguous()
         grad_x = F.grouped_mm(grad_SN, weight_ENM, offs=ends_E) if ctx.needs_input_grad[0] else None
         grad_weight = F.grouped_mm(grad_SN.mT, x_SM, offs=ends_E) if ctx.needs_input_grad[1] else None
