@@ -3,7 +3,7 @@
 B images, T objects at most, H×W pixels.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,5 +31,8 @@ class Targets:
         )
 
     def to(self, device: torch.device | str) -> "Targets":
-        moved = (getattr(self, f.name) for f in fields(self))
-        return Targets(*(x if x is None else x.to(device, non_blocking=True) for x in moved))
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        masks = None if self.masks_BTHW is None else move(self.masks_BTHW)
+        return Targets(move(self.labels_BT), move(self.boxes_BT4), move(self.valid_BT), masks)
