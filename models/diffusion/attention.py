@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Attention(nn.Module):
-    """softmax(Q Kᵀ / √d) V with Q from x and K, V from the context (x itself if there is none).
+class Projections(nn.Module):
+    """softmax(Q Kᵀ / √d) V with Q from x and K, V from the context.
 
     qkv_bias: the autoencoder's projections have a bias, the UNet's have none.
     """
 
-    def __init__(self, width: int, context_width: int, heads: int, *, qkv_bias: bool = False) -> None:
+    def __init__(self, width: int, context_width: int, heads: int, *, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
@@ -22,8 +22,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x_BLC: Tensor, context_BMD: Tensor | None = None) -> Tensor:
-        context_BMD = x_BLC if context_BMD is None else context_BMD
+    def attend(self, x_BLC: Tensor, context_BMD: Tensor) -> Tensor:
         q_BNLK, k_BNMK, v_BNMK = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for y in (self.to_q(x_BLC), self.to_k(context_BMD), self.to_v(context_BMD))
@@ -32,16 +31,26 @@ class Attention(nn.Module):
         return self.to_out[0](y_BNLK.transpose(1, 2).flatten(2))
 
 
-class PixelAttention(Attention):
+class Attention(Projections):
+    """The UNet's attention: to the context, or to x itself if there is none."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__(width, context_width, heads, qkv_bias=False)
+
+    def forward(self, x_BLC: Tensor, context_BMD: Tensor | None = None) -> Tensor:
+        return self.attend(x_BLC, x_BLC if context_BMD is None else context_BMD)
+
+
+class PixelAttention(Projections):
     """The autoencoder's single-head self-attention over all pixels, with its own norm and skip connection."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, channels, heads=1, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
-    def forward(self, x_BCHW: Tensor, context_BMD: None = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BLC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
-        return x_BCHW + super().forward(x_BLC).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+        return x_BCHW + self.attend(x_BLC, x_BLC).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 
 
 class GEGLU(nn.Module):

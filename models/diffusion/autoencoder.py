@@ -65,11 +65,10 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         channels = widths[0]
         for level, width in enumerate(widths):
-            block = nn.Module()
-            block.resnets = _resnets(channels, width, config.layers_per_block, groups)
             last = level == len(widths) - 1
-            block.downsamplers = nn.ModuleList([] if last else [Downsample(width, one_sided=True)])
-            self.down_blocks.append(block)
+            resnets = _resnets(channels, width, config.layers_per_block, groups)
+            halving = nn.ModuleList([] if last else [Downsample(width, one_sided=True)])
+            self.down_blocks.append(nn.ModuleDict({"resnets": resnets, "downsamplers": halving}))
             channels = width
         self.mid_block = MidBlock(channels, groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels, EPS)
@@ -79,8 +78,7 @@ class Encoder(nn.Module):
         """Returns mean and log-variance before `quant_conv`, (B, 2Z, h, w)."""
         x_BCHW = self.conv_in(x_BCHW)
         for block in self.down_blocks:
-            for layer in (*block.resnets, *block.downsamplers):
-                x_BCHW = layer(x_BCHW)
+            x_BCHW = _through(block, x_BCHW)
         x_BCHW = self.mid_block(x_BCHW)
         return self.conv_out(F.silu(self.conv_norm_out(x_BCHW)))
 
@@ -94,11 +92,10 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(channels, groups)
         self.up_blocks = nn.ModuleList()
         for level, width in enumerate(reversed(widths)):
-            block = nn.Module()
-            block.resnets = _resnets(channels, width, config.layers_per_block + 1, groups)
             last = level == len(widths) - 1
-            block.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
-            self.up_blocks.append(block)
+            resnets = _resnets(channels, width, config.layers_per_block + 1, groups)
+            doubling = nn.ModuleList([] if last else [Upsample(width)])
+            self.up_blocks.append(nn.ModuleDict({"resnets": resnets, "upsamplers": doubling}))
             channels = width
         self.conv_norm_out = nn.GroupNorm(groups, channels, EPS)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
@@ -106,8 +103,7 @@ class Decoder(nn.Module):
     def forward(self, latent_BZhw: Tensor) -> Tensor:
         x_BCHW = self.mid_block(self.conv_in(latent_BZhw))
         for block in self.up_blocks:
-            for layer in (*block.resnets, *block.upsamplers):
-                x_BCHW = layer(x_BCHW)
+            x_BCHW = _through(block, x_BCHW)
         return self.conv_out(F.silu(self.conv_norm_out(x_BCHW)))
 
 
@@ -124,3 +120,11 @@ class MidBlock(nn.Module):
 def _resnets(in_channels: int, out_channels: int, count: int, groups: int) -> nn.ModuleList:
     inputs = [in_channels] + [out_channels] * (count - 1)
     return nn.ModuleList(ResnetBlock(channels, out_channels, groups, EPS, time_dim=None) for channels in inputs)
+
+
+def _through(block: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """The residual blocks of a level, then its change of resolution if it has one."""
+    for layers in block.children():
+        for layer in layers.children():
+            x_BCHW = layer(x_BCHW)
+    return x_BCHW

@@ -18,13 +18,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, tokens_BM: Tensor) -> Tensor:
         x_BME = self.embeddings(tokens_BM)
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"].children():
             x_BME = layer(x_BME)
         return self.final_layer_norm(x_BME)
 
