@@ -31,7 +31,7 @@ def read_config(folder: str | Path) -> LanguageConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; give the path of a downloaded Hugging Face model")
-    return LanguageConfig.from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return LanguageConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def load_pretrained(
@@ -132,14 +132,14 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: st
         else:
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-            _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         for name, shard in zip(names, shards):
             # Cloned one shard at a time: pieces of one stacked tensor share its storage, which safetensors refuses.
             whole = {key: tensor.detach().cpu().clone() for key, tensor in shard.items()}
             save_file(whole, folder / f"{name}.part", metadata={"format": "pt"})
             os.replace(folder / f"{name}.part", folder / name)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
+        write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
         for file in TOKENIZER_FILES if tokenizer_files_from is not None else ():
             source = Path(tokenizer_files_from or "") / file
             if source.is_file() and source.resolve() != (folder / file).resolve():
@@ -164,7 +164,7 @@ def _shards(named: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / INDEX}: has no weight_map; download the folder again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -183,7 +183,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one JSON object of a model folder. Raises UserError for a file that is missing, broken or something else."""
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
@@ -197,7 +198,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write one JSON file of a model folder, whole or not at all."""
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(part, file)

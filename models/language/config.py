@@ -9,7 +9,12 @@ from typing import Any
 from models.errors import UserError, unknown_name
 from models.language.families import FAMILIES, family_of, require_known
 
-MIXER_KINDS = ("full_attention", "linear_attention")
+MIXER_KINDS = (
+    "full_attention", "sliding_attention", "strided_attention", "fixed_attention",
+    "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
+    "gated_attention_unit",
+)  # fmt: skip
+BIDIRECTIONAL_KINDS = ("linformer_attention", "nystromformer_attention")  # modules, but not for a causal policy
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,12 @@ class LanguageConfig:
 
     layer_types: tuple[str, ...] = ()  # sequence mixer of each layer, of MIXER_KINDS; empty: all full_attention
     qk_norm: bool = True  # RMSNorm on each head's query and key (Qwen3)
-    attention_bias: bool = False  # bias on q, k, v and o of full_attention
+    attention_bias: bool = False  # bias on q, k, v and o of softmax attention, full or sparse
+    sliding_window: int = 256  # tokens that a token reads in sliding_attention, itself included
+    sparse_stride: int = 64  # of strided_attention and fixed_attention
+    sparse_summary: int = 8  # positions at the end of each stride that all later tokens read in fixed_attention
+    performer_features: int = 64  # random features for each head of performer_attention
+    gau_chunk_size: int = 256  # tokens that gated_attention_unit reads pair by pair
 
     num_experts: int = 0  # 0: every MLP is dense
     num_experts_per_tok: int = 2
@@ -69,8 +79,12 @@ class LanguageConfig:
     def mixer_kind(self, layer: int) -> str:
         return self.layer_types[layer] if self.layer_types else "full_attention"
 
+    def has_mlp(self, layer: int) -> bool:
+        """A gated attention unit is attention and MLP in one."""
+        return self.mixer_kind(layer) != "gated_attention_unit"
+
     def is_moe(self, layer: int) -> bool:
-        return (
+        return self.has_mlp(layer) and (
             self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
 
@@ -124,11 +138,21 @@ class LanguageConfig:
                 f"model config: layer_types names {len(self.layer_types)} layers but num_hidden_layers is "
                 f"{self.num_hidden_layers}; give one kind per layer"
             )
-        for kind in self.layer_types:
+        for layer, kind in enumerate(self.layer_types):
+            if kind in BIDIRECTIONAL_KINDS:
+                raise UserError(
+                    f"model config: layer_types names {kind!r} for layer {layer}, which reads later tokens too; "
+                    f"a causal policy can have {', '.join(MIXER_KINDS)}"
+                )
             if kind not in MIXER_KINDS:
                 raise UserError(
                     f"model config: layer_types has the unknown kind {kind!r}; the kinds are {', '.join(MIXER_KINDS)}"
                 )
+        if not 1 <= self.sparse_summary <= self.sparse_stride:
+            raise UserError(
+                f"model config: sparse_summary is {self.sparse_summary}; it must lie between 1 and sparse_stride "
+                f"({self.sparse_stride})"
+            )
         for layer in self.mlp_only_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 raise UserError(
@@ -237,6 +261,8 @@ class LanguageConfig:
         values["layer_types"] = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
         values["mlp_only_layers"] = list(self.mlp_only_layers)
         family = FAMILIES[self.model_type]
+        if self.model_type != "longstride":
+            values = {name: value for name, value in values.items() if name not in _MIXER_FIELDS}
         values = family.write(values)
         unwritten = family.unwritten | family.fixed.keys()
         return {
@@ -250,9 +276,10 @@ class LanguageConfig:
 _POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "moe_intermediate_size", "decoder_sparse_step", "n_group", "topk_group",
-    "max_position_embeddings",
+    "max_position_embeddings", "sliding_window", "sparse_stride", "performer_features", "gau_chunk_size",
 )  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_MIXER_FIELDS = {"sliding_window", "sparse_stride", "sparse_summary", "performer_features", "gau_chunk_size"}
 
 
 def _rope_from_hf(config: Mapping[str, Any], source: str) -> RopeConfig:

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.language.attention import SoftmaxAttention
 from models.language.cache import Cache, LayerCache
 from models.language.config import LanguageConfig
-from models.language.linear_attention import Decay, LinearAttention
+from models.language.gated_attention_unit import GatedAttentionUnit
+from models.language.kernel_attention import PerformerAttention
+from models.language.linear_attention import Decay
+from models.language.mixers import MIXERS
 from models.language.mlp import DenseMLP
 from models.language.moe import MixtureOfExperts
 from models.language.norm import RMSNorm
@@ -18,18 +20,15 @@ from models.language.packing import Packing
 from models.language.rope import inverse_frequencies, rotation
 from models.language.router import Router, RouterTrace
 
-# A new kind is a class with the same constructor, `forward` and `empty_cache`, and its name in config.MIXER_KINDS.
-MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
-    "full_attention": SoftmaxAttention,
-    "linear_attention": LinearAttention,
-}
-
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MIXERS[config.mixer_kind(layer)](config)
+        self.has_mlp = config.has_mlp(layer)
+        if not self.has_mlp:
+            return
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe(layer)
         self.mlp = MixtureOfExperts(config) if self.is_moe else DenseMLP(config.hidden_size, config.intermediate_size)
@@ -43,6 +42,8 @@ class DecoderLayer(nn.Module):
         trace: RouterTrace | None,
     ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing, cos_sin, cache)
+        if not self.has_mlp:
+            return x_TD
         h_TD = self.post_attention_layernorm(x_TD)
         return x_TD + (self.mlp(h_TD, trace) if self.is_moe else self.mlp(h_TD))
 
@@ -121,8 +122,8 @@ class Decoder(nn.Module):
             nn.init.trunc_normal_(value, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator)
             parameter.copy_(value)
         for module in self.modules():
-            if isinstance(module, Decay):
-                module.bias.copy_(Decay.initial_bias(module.bias.numel()))
+            if isinstance(module, (Decay, PerformerAttention, GatedAttentionUnit)):
+                module.initialise(generator)
             if isinstance(module, Router) and module.has_bias:
                 module.e_score_correction_bias.zero_()
         return self

@@ -47,4 +47,30 @@ DEEPSEEK = (
         mlp_only_layers=(0,),
     )
 )
-POLICIES = {"dense": DENSE, "moe": MOE, "hybrid": HYBRID, "deepseek": DEEPSEEK}
+SPARSE = replace(
+    MOE,
+    layer_types=("sliding_attention", "strided_attention", "fixed_attention"),
+    sliding_window=24,
+    sparse_stride=8,
+    sparse_summary=2,
+)
+RECURRENT_KINDS = (
+    "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
+    "gated_attention_unit",
+)  # fmt: skip
+RECURRENT = replace(
+    MOE,
+    num_hidden_layers=6,
+    layer_types=RECURRENT_KINDS,
+    performer_features=24,
+    gau_chunk_size=16,
+    initializer_range=0.12,  # six layers at 0.2 make float32 rounding alone reach 2e-5
+)
+POLICIES = {
+    "dense": DENSE,
+    "moe": MOE,
+    "hybrid": HYBRID,
+    "deepseek": DEEPSEEK,
+    "sparse": SPARSE,
+    "recurrent": RECURRENT,
+}
