@@ -38,8 +38,8 @@ def grouped_swiglu(x_SD: Tensor, weights_S: Tensor, ends_E: Tensor, gate_up_proj
 
     The weight is multiplied in before `down`, which is linear: there the rows are narrow and already in registers.
     """
-    gate_up_S2I = _GroupedLinear.apply(x_SD, gate_up_proj, ends_E)
-    return _GroupedLinear.apply(weighted_swiglu(gate_up_S2I, weights_S), down_proj, ends_E)
+    gate_up_S2I = GroupedLinear.apply(x_SD, gate_up_proj, ends_E)
+    return GroupedLinear.apply(weighted_swiglu(gate_up_S2I, weights_S), down_proj, ends_E)
 
 
 def looped_swiglu(x_SD: Tensor, weights_S: Tensor, ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def weighted_swiglu(gate_up_S2I: Tensor, weights_S: Tensor) -> Tensor:
     return (F.silu(gate_SI) * up_SI * weights_S[:, None]).to(gate_up_S2I.dtype)
 
 
-class _GroupedLinear(torch.autograd.Function):
+class GroupedLinear(torch.autograd.Function):
     """Row s times the transposed weight [N, M] of its group: [S, M] → [S, N].
 
     Autograd's own backward would give the weight's gradient in transposed layout, and copy it.
