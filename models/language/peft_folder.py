@@ -23,7 +23,7 @@ from torch import Tensor
 from models.errors import UserError
 from models.language.decoder import Decoder
 from models.language.experts import Experts
-from models.language.lora import ALL_LINEAR, adapter_names, attach, parts
+from models.language.lora import ALL_LINEAR, attach, parts
 from models.language.lora_layers import LoraConfig, LowRank
 
 PREFIX = "base_model.model.model."  # peft's wrapper, the causal LM, its decoder
@@ -150,7 +150,7 @@ def load_adapter_tensors(model: Decoder, tensors: dict[str, Tensor], source: str
 
 
 def _peft_name(model: Decoder, layer: str, part: str, name: str) -> str:
-    both = part == "gate_up_proj" and any(l == layer and p == "down_proj" for l, p, _ in parts(model, name))
+    both = part == "gate_up_proj" and (layer, "down_proj") in [(at, p) for at, p, _ in parts(model, name)]
     return f"{PREFIX}{layer}{'.base_layer' if both else ''}"
 
 

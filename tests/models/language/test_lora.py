@@ -1,4 +1,4 @@
-"""The LoRA family against peft: the same adapter files, the same outputs, the same gradients, the same merged weights."""
+"""The LoRA family against peft: the same files, outputs, gradients and merged weights."""
 
 import dataclasses
 import json
