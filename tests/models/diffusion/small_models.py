@@ -50,6 +50,8 @@ def perturb(module: nn.Module, seed: int = 0) -> None:
 
 
 def unets() -> tuple[UNet, UNet2DConditionModel]:
+    """The same weights at every call."""
+    torch.manual_seed(0)
     reference = UNet2DConditionModel(**UNET).eval()
     perturb(reference)
     ours = UNet(UNetConfig(**UNET))
