@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config import nearest
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,32 @@ class Job:
     config: str
     train: str
     evaluate: str | None = None
+    extra: str = ""
+    """The extra of this package that the job needs to be installed."""
 
     def config_class(self) -> type:
-        return _load(self.config)
+        return self._load(self.config)
 
     def trainer(self) -> Callable[[Any, Any], None]:
-        return _load(self.train)
+        return self._load(self.train)
 
     def evaluator(self) -> Callable[[Any, Any], None] | None:
-        return _load(self.evaluate) if self.evaluate else None
+        return self._load(self.evaluate) if self.evaluate else None
+
+    def _load(self, path: str) -> Any:
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if f"{module}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"this job needs the module {module}, which is not part of this installation"
+                ) from error
+            if self.extra:
+                raise UserError(
+                    f"this job needs the package {error.name}: pip install 'longstride[{self.extra}]'"
+                ) from error
+            raise
 
     def plan(self, config: Any) -> list[tuple[str, int, float, float, float]]:
         planner = getattr(importlib.import_module(self.train.partition(":")[0]), "plan", None)
@@ -46,13 +62,3 @@ def find(name: str) -> Job:
     if name not in JOBS:
         raise UserError(f"unknown job {name!r}: did you mean {nearest(name, JOBS)}? Jobs: {', '.join(JOBS)}")
     return JOBS[name]
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"this job needs the module {module}, which is not part of this installation") from error

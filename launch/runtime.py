@@ -53,7 +53,7 @@ class Runtime:
         self._files.lock()
         self._files.point_latest()
         self._store = CheckpointStore(self._files.checkpoints, self._settings.keep_checkpoints, self.console.print)
-        self._metrics = MetricsFiles(self._files, self.started_from)
+        self._metrics = MetricsFiles(self._files, self._checkpoint)
         self.summarize({})
 
     # Actors
@@ -114,7 +114,7 @@ class Runtime:
     # State
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
-        self._store.save(step, state, score, self._wall_s())
+        self._store.save(step, state, score, self._wall_s(), self._metrics.lines)
 
     def restore(self) -> dict[str, Any] | None:
         return self._checkpoint.load() if self._checkpoint else None

@@ -7,21 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.language.attention import SoftmaxAttention
 from models.language.cache import Cache, LayerCache
 from models.language.config import LanguageConfig
-from models.language.linear_attention import Decay, LinearAttention
+from models.language.gated_attention_unit import GatedAttentionUnit
+from models.language.kernel_attention import PerformerAttention
+from models.language.linear_attention import Decay
+from models.language.mixers import MIXERS
 from models.language.mlp import DenseMLP
-from models.language.moe import MixtureOfExperts, RouterRecord
+from models.language.moe import MixtureOfExperts
 from models.language.norm import RMSNorm
 from models.language.packing import Packing
 from models.language.rope import inverse_frequencies, rotation
-
-# A new kind is a class with the same constructor, `forward` and `empty_cache`, and its name in config.MIXER_KINDS.
-MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
-    "full_attention": SoftmaxAttention,
-    "linear_attention": LinearAttention,
-}
+from models.language.router import Router, RouterTrace
 
 
 class DecoderLayer(nn.Module):
@@ -29,6 +26,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MIXERS[config.mixer_kind(layer)](config)
+        self.has_mlp = config.has_mlp(layer)
+        if not self.has_mlp:
+            return
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe(layer)
         self.mlp = MixtureOfExperts(config) if self.is_moe else DenseMLP(config.hidden_size, config.intermediate_size)
@@ -39,9 +39,11 @@ class DecoderLayer(nn.Module):
         packing: Packing,
         cos_sin: tuple[Tensor, Tensor],
         cache: LayerCache | None,
-        trace: list[RouterRecord] | None,
+        trace: RouterTrace | None,
     ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing, cos_sin, cache)
+        if not self.has_mlp:
+            return x_TD
         h_TD = self.post_attention_layernorm(x_TD)
         return x_TD + (self.mlp(h_TD, trace) if self.is_moe else self.mlp(h_TD))
 
@@ -72,12 +74,13 @@ class Decoder(nn.Module):
         tokens_T: Tensor,
         packing: Packing,
         cache: Cache | None = None,
-        trace: list[RouterRecord] | None = None,
+        trace: RouterTrace | None = None,
     ) -> Tensor:
         """Return the final-normed hidden states, [T, D].
 
         With a cache the pack continues the cached sequences (`packing.lengths` new tokens each), and the cache
-        grows; without one each sequence of the pack stands alone. `trace` receives a RouterRecord per mixture layer.
+        grows; without one each sequence of the pack stands alone. `trace` receives what the
+        routers did, or tells them what to do.
         """
         if cache is not None:
             packing = packing.after(cache.lengths)
@@ -119,6 +122,12 @@ class Decoder(nn.Module):
             nn.init.trunc_normal_(value, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator)
             parameter.copy_(value)
         for module in self.modules():
-            if isinstance(module, Decay):
-                module.bias.copy_(Decay.initial_bias(module.bias.numel()))
+            if isinstance(module, (Decay, PerformerAttention, GatedAttentionUnit)):
+                module.initialise(generator)
+            if isinstance(module, Router) and module.has_bias:
+                module.e_score_correction_bias.zero_()
         return self
+
+    def routers(self) -> list[Router]:
+        """The routers of the mixture layers, in the order of a trace's records."""
+        return [module for module in self.modules() if isinstance(module, Router)]

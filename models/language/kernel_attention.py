@@ -1,0 +1,137 @@
+"""Attention with a positive feature map φ in the softmax's place, and the weights' sum to divide by.
+
+    o_i = Σ_{j≤i} φ(q_i)ᵀφ(k_j) v_j / Σ_{j≤i} φ(q_i)ᵀφ(k_j)
+
+Numerator and denominator are one linear attention without decay: each value gets a 1 appended, and the output's last
+channel is the denominator. Three feature maps:
+
+    elu_attention         φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)
+    performer_attention   positive orthogonal random features of the softmax kernel (Choromanski et al. 2020, arXiv
+                          2009.14794, lemma 1 and §2.4): FAVOR+, an unbiased estimate of softmax attention
+    efficient_attention   two softmaxes (Shen et al. 2018, arXiv 1812.01243, eq. 3), in efficient_attention.py
+
+Queries and keys get the norm and the rotary embedding of softmax attention before the feature map. For FAVOR+ positions
+are then relative in expectation, as in softmax attention; for elu + 1 they are not, but each token can tell them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.language.config import LanguageConfig
+from models.language.linear_attention import chunked, step
+from models.language.norm import RMSNorm
+from models.language.recurrent import RecurrentMixer, Rotation
+from models.language.rope import rotate
+
+LARGEST_EXPONENT = 60.0  # of a key's feature: the sum over 2²⁰ keys, and its products with values, fit in float32
+SMALLEST_WEIGHT = 1e-20  # of all keys together, where every feature underflows
+
+
+class KernelAttention(RecurrentMixer):
+    """Base of the three: projections, and the state of numerator and denominator, [H, F, C + 1]."""
+
+    def __init__(self, config: LanguageConfig, features: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.state_shape = (self.heads, features, self.head_dim + 1)
+        size = self.heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def query_features(self, q_THC: Tensor) -> Tensor:
+        """Float32 [T, H, F], not negative. A factor of its own for each token and head cancels."""
+        raise NotImplementedError
+
+    def key_features(self, k_THC: Tensor) -> Tensor:
+        """Float32 [T, H, F], positive: zeros stand for no token."""
+        raise NotImplementedError
+
+    def project(self, x_TD: Tensor, cos_sin: Rotation, positions_T: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *cos_sin).float(), rotate(self.k_norm(k), *cos_sin).float()
+        return self.query_features(q), self.key_features(k), with_ones(v.float())
+
+    def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = inputs
+        return chunked(q, k, v, None, state)
+
+    def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = inputs
+        return step(q, k, v, None, state)
+
+    def finish(self, o_T: Tensor, x_TD: Tensor) -> Tensor:
+        return self.o_proj(normalised(o_T).to(x_TD.dtype).flatten(-2))
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[..., C] → [..., C + 1]."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def normalised(o: Tensor) -> Tensor:
+    """Numerator over denominator, [..., C + 1] → [..., C]. After unpadding: a padding token has 0 / 0."""
+    return o[..., :-1] / o[..., -1:].clamp(min=SMALLEST_WEIGHT)
+
+
+class EluAttention(KernelAttention):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__(config, config.head_dim)
+
+    def query_features(self, q_THC: Tensor) -> Tensor:
+        return F.elu(q_THC) + 1
+
+    def key_features(self, k_THC: Tensor) -> Tensor:
+        return F.elu(k_THC) + 1
+
+
+class PerformerAttention(KernelAttention):
+    """The random projection ω [F, C] is one for all heads of a layer. It is not trained, but travels with the weights,
+    so that a folder, a weight update and vLLM have the same one; `redraw_features` replaces it."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__(config, config.performer_features)
+        self.projection = nn.Parameter(torch.empty(config.performer_features, config.head_dim), requires_grad=False)
+
+    def query_features(self, q_THC: Tensor) -> Tensor:
+        exponent = favor_exponent(q_THC, self.projection)
+        return (exponent - exponent.amax(-1, keepdim=True).detach()).exp()
+
+    def key_features(self, k_THC: Tensor) -> Tensor:
+        # No maximum to subtract: a later key must not change an earlier one's factor. The exponent is at most ‖ω‖²/2.
+        return favor_exponent(k_THC, self.projection).clamp(max=LARGEST_EXPONENT).exp()
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.projection.copy_(orthogonal_gaussian(self.projection.shape[0], self.head_dim, generator))
+
+
+def favor_exponent(x_THC: Tensor, projection_FC: Tensor) -> Tensor:
+    """ωᵀx̂ − ‖x̂‖²/2 with x̂ = x / C^¼, whose exponentials' inner products estimate exp(qᵀk/√C); [T, H, F]."""
+    x_THC = x_THC * x_THC.shape[-1] ** -0.25
+    return x_THC @ projection_FC.float().mT - x_THC.square().sum(-1, keepdim=True) / 2
+
+
+def orthogonal_gaussian(features: int, size: int, generator: torch.Generator) -> Tensor:
+    """Rows [features, size], each Gaussian, and orthogonal to each other within blocks of `size` rows (§2.4)."""
+    blocks = [
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].mT
+        for _ in range(math.ceil(features / size))
+    ]
+    lengths = torch.randn(features, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:features] * lengths).float()
+
+
+@torch.no_grad()
+def redraw_features(model: nn.Module, seed: int) -> None:
+    """New random features for every Performer layer. Between updates of the policy, since it changes the policy."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, PerformerAttention):
+            module.initialise(generator)
