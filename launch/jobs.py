@@ -56,7 +56,7 @@ JOBS: dict[str, Job] = {
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
     "detr": Job(
-        "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", "vision"
+        "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
     ),
 }
 

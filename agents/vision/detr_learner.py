@@ -97,7 +97,9 @@ class DetrLearner:
     ) -> None:
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
         self.net = (_started_from(start, names) if start else _random(network, names, seed)).to(device)
-        self.net.backbone.to(memory_format=torch.channels_last)
+        for parameter in self.net.backbone.parameters():
+            if parameter.dim() == 4:  # convolutions are faster on it, and images arrive so
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
         self.forward: Any = torch.compile(self.net) if optimizer.compile else self.net

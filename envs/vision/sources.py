@@ -46,11 +46,8 @@ class Source(Protocol):
 class SceneSource:
     """Scenes, their background as one more object whose class is its pattern."""
 
-    names = CATEGORIES
-    stuff = STUFF
-    category_ids = [c["id"] for c in categories()]
-
     def __init__(self, config: SceneConfig, seed: int, split: Split) -> None:
+        self.names, self.stuff, self.category_ids = CATEGORIES, STUFF, [c["id"] for c in categories()]
         self.config, self.seed, self.split = config, seed, split
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Flipping and resizing a labelled image: DETR's augmentation without its random crops (arXiv 2005.12872, section 4)."""
+"""Flipping and resizing of labelled images: DETR's augmentation without its crops (arXiv 2005.12872, section 4)."""
 
 from dataclasses import dataclass, replace
 
