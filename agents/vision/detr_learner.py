@@ -178,6 +178,12 @@ class DetrLearner:
         self.net.load_state_dict(state["net"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if (
+                    value.shape == parameter.shape
+                ):  # laid out in memory as the parameter is, or fused AdamW mixes them up
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.step = state["step"]
 
 
