@@ -29,9 +29,10 @@ def vtrace(
     log_ratios: log π(a|s) - log μ(a|s) (T, N). rewards, terminated, truncated: (T, N). values: V (T+1, N), where
     values[t+1] belongs to the observation that step t led to, which at the end of an episode is its true final one.
 
-        v_s = V(x_s) + Σ_{t≥s} γ^{t-s} (Π_{i=s}^{t-1} c_i) δ_t V,   δ_t V = ρ_t (r_t + γ V(x_{t+1}) - V(x_t))      (eq. 1)
-        ρ_t = min(ρ̄, π/μ),   c_i = λ min(c̄, π/μ)
-        advantage_s = ρ_s (r_s + γ v_{s+1} - V(x_s))                                                          (§4.2)
+        v_s = V(x_s) + Σ_{t≥s} γ^{t-s} (Π_{i=s}^{t-1} c_i) δ_t            (eq. 1)
+        δ_t = ρ_t (r_t + γ V(x_{t+1}) - V(x_t))
+        ρ_t = min(ρ̄, π/μ),  c_i = λ min(c̄, π/μ)
+        advantage_s = ρ_s (r_s + γ v_{s+1} - V(x_s))                      (§4.2)
 
     ρ̄ decides which policy's value is found (at ∞ that of π), c̄ only how fast. With π = μ the values are the λ-returns
     of `gae`. Ends of episodes are treated as there: a terminal state is worth 0, after a truncated step v is V of the
