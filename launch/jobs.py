@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config import nearest
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from launch.config import nearest
 from launch.disk import refusals_explained, write_atomically
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 
 class RunDirectory:
