@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents import replay_training
-from agents.exploration import Exploration
+from agents.noise import OrnsteinUhlenbeck
+from agents.on_policy import initial_weights
 from agents.replay import Transitions
-from agents.replay_training import ReplayConfig
-from agents.side_by_side import SideBySide
-from envs.control.box_spaces import box_spaces
+from agents.replay_training import Learner, ReplayConfig
 from models.control.q_networks import DeterministicActor, QCritic, follow
-from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import Run
@@ -51,32 +49,30 @@ def evaluate(config: DDPGConfig, run: "Run") -> None:
     replay_training.evaluate(config, run, DDPG(config, run.seed))
 
 
-class DDPG:
+class DDPG(Learner):
+    config: DDPGConfig
+
     def __init__(self, config: DDPGConfig, seed: int) -> None:
-        self.tau = config.tau
-        self.exploration = Exploration(config.noise, config.noise_std, config.ou_theta)
-        spaces = box_spaces(config.env)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "initial weights"))
-            self.actor = DeterministicActor(spaces.observation_size, spaces.action_size, config.hidden)
-            self.critic = QCritic(spaces.observation_size, spaces.action_size, config.hidden)
+        super().__init__(config, seed)
+        if config.noise == "ou":
+            self.noise = OrnsteinUhlenbeck(config.ou_theta)
+        sizes = self.observation_size, self.action_size, config.hidden, config.activation
+        with initial_weights(seed):
+            self.actor = DeterministicActor(*sizes, config.noise_std)
+            self.critic = QCritic(*sizes)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.lr, fused=True)
-        self.side_by_side = SideBySide(config.learner_threads)
-        self.modules: dict[str, nn.Module] = {
+        self.networks = {
             "actor": self.actor,
             "critic": self.critic,
             "target_actor": self.target_actor,
             "target_critic": self.target_critic,
         }
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "actor": self.actor_optimizer,
-            "critic": self.critic_optimizer,
-        }
+        self.optimizers = {"actor": self.actor_optimizer, "critic": self.critic_optimizer}
 
-    def update(self, batch: Transitions, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         value_loss, mean_value = self.side_by_side(
             lambda: self._critic_gradient(batch), lambda: self._actor_gradient(batch)
         )
@@ -104,8 +100,8 @@ class DDPG:
 
     def _critic_step(self) -> None:
         self.critic_optimizer.step()
-        follow(self.target_critic, self.critic, self.tau)
+        follow(self.target_critic, self.critic, self.config.tau)
 
     def _actor_step(self) -> None:
         self.actor_optimizer.step()
-        follow(self.target_actor, self.actor, self.tau)
+        follow(self.target_actor, self.actor, self.config.tau)

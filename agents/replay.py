@@ -61,8 +61,8 @@ class ReplayBuffer:
     def add(self, rows_KW: np.ndarray) -> None:
         """Append K transitions. The oldest make room."""
         skipped = max(0, len(rows_KW) - self.capacity)  # these would be overwritten by the rest
-        positions = torch.arange(self.added + skipped, self.added + len(rows_KW)) % self.capacity
-        self.rows_CW[positions] = torch.from_numpy(rows_KW[skipped:])
+        positions = np.arange(self.added + skipped, self.added + len(rows_KW)) % self.capacity
+        self.rows_CW.numpy()[positions] = rows_KW[skipped:]
         self.added += len(rows_KW)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:

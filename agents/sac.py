@@ -18,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from agents import replay_training
-from agents.exploration import Exploration
+from agents.on_policy import initial_weights
 from agents.replay import Transitions
-from agents.replay_training import ReplayConfig
-from agents.side_by_side import SideBySide
-from envs.control.box_spaces import box_spaces
+from agents.replay_training import Learner, ReplayConfig
 from models.control.q_networks import QCritic, SquashedGaussian, follow
-from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import Run
@@ -58,31 +55,30 @@ class Temperature(nn.Module):
         return self.log_alpha.detach().exp()
 
 
-class SAC:
+class SAC(Learner):
+    config: SACConfig
+
     def __init__(self, config: SACConfig, seed: int) -> None:
-        self.tau = config.tau
-        self.exploration = Exploration("squashed")
-        spaces = box_spaces(config.env)
-        self.target_entropy = -float(spaces.action_size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "initial weights"))
-            self.actor = SquashedGaussian(spaces.observation_size, spaces.action_size, config.hidden)
-            self.critics = QCritic(spaces.observation_size, spaces.action_size, config.hidden, count=2)
+        super().__init__(config, seed)
+        sizes = self.observation_size, self.action_size, config.hidden, config.activation
+        self.target_entropy = -float(self.action_size)
+        with initial_weights(seed):
+            self.actor = SquashedGaussian(*sizes)
+            self.critics = QCritic(*sizes, count=2)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.temperature = Temperature(config.initial_alpha)
-        self.modules: dict[str, nn.Module] = {
+        self.networks = {
             "actor": self.actor,
             "critics": self.critics,
             "target_critics": self.target_critics,
             "temperature": self.temperature,
         }
         trained = ("actor", "critics", "temperature")
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.Adam(self.modules[name].parameters(), lr=config.lr, fused=True) for name in trained
+        self.optimizers = {
+            name: torch.optim.Adam(self.networks[name].parameters(), lr=config.lr, fused=True) for name in trained
         }
-        self.side_by_side = SideBySide(config.learner_threads)
 
-    def update(self, batch: Transitions, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         noise_BA, next_noise_BA = torch.randn((2, *batch.actions_BA.shape), generator=generator)
         alpha = self.temperature.alpha()
         value_loss, (policy_loss, entropy) = self.side_by_side(
@@ -92,7 +88,7 @@ class SAC:
         self.temperature.log_alpha.grad = entropy - self.target_entropy
         self.side_by_side(self.optimizers["critics"].step, self.optimizers["actor"].step)
         self.optimizers["temperature"].step()
-        follow(self.target_critics, self.critics, self.tau)
+        follow(self.target_critics, self.critics, self.config.tau)
         return {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy, "alpha": alpha}
 
     def _critic_gradient(self, batch: Transitions, noise_BA: Tensor, alpha: Tensor) -> Tensor:

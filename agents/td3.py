@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents import replay_training
-from agents.exploration import Exploration
+from agents.on_policy import initial_weights
 from agents.replay import Transitions
-from agents.replay_training import ReplayConfig
-from agents.side_by_side import SideBySide
-from envs.control.box_spaces import box_spaces
+from agents.replay_training import Learner, ReplayConfig
 from models.control.q_networks import DeterministicActor, QCritic, follow
-from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import Run
@@ -48,35 +45,34 @@ def evaluate(config: TD3Config, run: "Run") -> None:
     replay_training.evaluate(config, run, TD3(config, run.seed))
 
 
-class TD3:
+class TD3(Learner):
+    config: TD3Config
+
     def __init__(self, config: TD3Config, seed: int) -> None:
-        self.config = config
-        self.exploration = Exploration("gaussian", config.noise_std)
-        spaces = box_spaces(config.env)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "initial weights"))
-            self.actor = DeterministicActor(spaces.observation_size, spaces.action_size, config.hidden)
-            self.critics = QCritic(spaces.observation_size, spaces.action_size, config.hidden, count=2)
+        super().__init__(config, seed)
+        sizes = self.observation_size, self.action_size, config.hidden, config.activation
+        with initial_weights(seed):
+            self.actor = DeterministicActor(*sizes, config.noise_std)
+            self.critics = QCritic(*sizes, count=2)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=config.lr, fused=True)
-        self.side_by_side = SideBySide(config.learner_threads)
-        self.modules: dict[str, nn.Module] = {
+        self.networks = {
             "actor": self.actor,
             "critics": self.critics,
             "target_actor": self.target_actor,
             "target_critics": self.target_critics,
         }
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
+        self.optimizers = {
             "actor": self.actor_optimizer,
             "critics": self.critic_optimizer,
         }
 
-    def update(self, batch: Transitions, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         noise_BA = self.config.target_noise * torch.randn(batch.actions_BA.shape, generator=generator)
         noise_BA = noise_BA.clamp(-self.config.target_noise_clip, self.config.target_noise_clip)
-        if step % self.config.policy_delay:
+        if self.gradient_steps % self.config.policy_delay:
             value_loss = self._critic_gradient(batch, noise_BA)
             self.critic_optimizer.step()
             return {"value_loss": value_loss}

@@ -8,6 +8,7 @@ python -m benchmarks.ddpg_speed --env Pendulum-v1 HalfCheetah-v5
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -88,9 +89,9 @@ def ours(env: str, config: Config, seed: int) -> float:
     command += ["--log-every", str(STARTS), "--seed", str(seed), "--runs-dir", str(runs_dir), "--name", "run"]
     run(command, threads=1)
     entries = [json.loads(line) for line in (runs_dir / "run" / "metrics.jsonl").read_text().splitlines()]
-    windows = [e for e in entries if e["train/gradient_steps"] > 0]
-    steps = [b["train/gradient_steps"] - a["train/gradient_steps"] for a, b in zip(entries, entries[1:])][-len(windows) :]
-    return sum(steps) / sum(n / e["time/gradient_steps_per_s"] for n, e in zip(steps, windows))
+    windows = [(b["train/gradient_steps"] - a["train/gradient_steps"], b) for a, b in itertools.pairwise(entries)]
+    learning = [(steps, entry["time/gradient_steps_per_s"]) for steps, entry in windows if steps]
+    return sum(steps for steps, _ in learning) / sum(steps / rate for steps, rate in learning)
 
 
 def sb3(env: str, config: Config, threads: int) -> float:

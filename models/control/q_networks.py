@@ -5,34 +5,61 @@ Actions are in [-1, 1] throughout; whoever plays scales them to the environment'
 Shapes: B transitions, D numbers an observation, A an action, X = D + A.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the squashed Gaussian, before the tanh (Haarnoja et al., arXiv 1812.05905)
+from models.control.networks import plain_mlp
+from models.control.numpy_policies import (
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    Activation,
+    NumpyDeterministic,
+    NumpySquashedGaussian,
+)
 
 
 class DeterministicActor(nn.Module):
-    """μ(s) = tanh(MLP(s)) (Lillicrap et al., arXiv 1509.02971, §7). ReLU, torch's default initialisation."""
+    """μ(s) = tanh(MLP(s)) (Lillicrap et al., arXiv 1509.02971, §7). noise_std: of what a worker adds to explore."""
 
-    def __init__(self, observation_size: int, action_size: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        activation: Activation,
+        noise_std: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.layers = relu_mlp([observation_size, *hidden, action_size])
+        sizes = (observation_size, *hidden, action_size)
+        self.layers = plain_mlp(sizes, activation)
+        self.numpy_policy: Callable[[np.ndarray], NumpyDeterministic] = partial(
+            NumpyDeterministic, sizes, activation, noise_std
+        )
 
     def forward(self, observations_BD: Tensor) -> Tensor:
         return torch.tanh(self.layers(observations_BD))
+
+    def flat_weights(self) -> np.ndarray:
+        return parameters_to_vector(self.parameters()).detach().numpy()
 
 
 class SquashedGaussian(nn.Module):
     """a = tanh(u), u ~ N(μ(s), σ(s)²) with one network for both (Haarnoja et al., arXiv 1801.01290, appendix C)."""
 
-    def __init__(self, observation_size: int, action_size: int, hidden: Sequence[int]) -> None:
+    def __init__(self, observation_size: int, action_size: int, hidden: Sequence[int], activation: Activation) -> None:
         super().__init__()
-        self.layers = relu_mlp([observation_size, *hidden, 2 * action_size])
+        sizes = (observation_size, *hidden, 2 * action_size)
+        self.layers = plain_mlp(sizes, activation)
+        self.numpy_policy: Callable[[np.ndarray], NumpySquashedGaussian] = partial(
+            NumpySquashedGaussian, sizes, activation
+        )
 
     def forward(self, observations_BD: Tensor, noise_BA: Tensor) -> tuple[Tensor, Tensor]:
         """Actions (B, A) that the standard normal `noise_BA` gives, and their log-densities (B,).
@@ -47,14 +74,19 @@ class SquashedGaussian(nn.Module):
         log_jacobian_BA = 2 * (math.log(2) - u_BA - F.softplus(-2 * u_BA))
         return torch.tanh(u_BA), (gaussian_BA - log_jacobian_BA).sum(-1)
 
+    def flat_weights(self) -> np.ndarray:
+        return parameters_to_vector(self.parameters()).detach().numpy()
+
 
 class QCritic(nn.Module):
     """`count` Q functions that share nothing. Takes observation and action side by side (B, X); returns (count, B)."""
 
-    def __init__(self, observation_size: int, action_size: int, hidden: Sequence[int], count: int = 1) -> None:
+    def __init__(
+        self, observation_size: int, action_size: int, hidden: Sequence[int], activation: Activation, count: int = 1
+    ) -> None:
         super().__init__()
         sizes = [observation_size + action_size, *hidden, 1]
-        self.members = nn.ModuleList(relu_mlp(sizes) for _ in range(count))
+        self.members = nn.ModuleList(plain_mlp(sizes, activation) for _ in range(count))
 
     def forward(self, observations_actions_BX: Tensor) -> Tensor:
         return torch.stack([member(observations_actions_BX).squeeze(-1) for member in self.members])
@@ -64,10 +96,3 @@ class QCritic(nn.Module):
 def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Polyak averaging, in place: target ← target + tau (source - target)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def relu_mlp(sizes: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])

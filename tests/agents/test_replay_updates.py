@@ -114,7 +114,8 @@ def test_a_gradient_step_is_that_of_stable_baselines3(name: str, compare: str, m
     steps = (1, 2) if name == "td3" else (1,)  # TD3's first step is of the critics alone
     theirs.train(len(steps), B)
     for step in steps:
-        ours.update(batch(), torch.Generator().manual_seed(3), step)
+        ours.gradient_steps = step
+        ours.update(batch(), torch.Generator().manual_seed(3))
     if compare == "critic":
         assert_same(critic, list(theirs.critic.parameters()))
         assert_same(target_critic, list(theirs.critic_target.parameters()))
@@ -134,9 +135,9 @@ def test_two_threads_compute_what_one_does(name: str) -> None:
         settings: ReplayConfig = replace(config, learner_threads=threads)
         algorithm: Any = cls(settings, seed=0)
         generator = torch.Generator().manual_seed(0)
-        for step in range(1, 7):
-            algorithm.update(batch(), generator, step)
-        states.append([p for module in algorithm.modules.values() for p in module.parameters()])
+        for algorithm.gradient_steps in range(1, 7):
+            algorithm.update(batch(), generator)
+        states.append([p for network in algorithm.networks.values() for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*states))
 
 
@@ -145,7 +146,8 @@ def test_td3_smooths_its_targets() -> None:
     found = []
     for noise, clip in [(0.0, 0.5), (0.2, 0.5), (1e6, 1e-9)]:
         td3 = TD3(replace(CASES["td3"][1], target_noise=noise, target_noise_clip=clip), seed=0)
-        td3.update(batch(), torch.Generator().manual_seed(0), 1)
+        td3.gradient_steps = 1
+        td3.update(batch(), torch.Generator().manual_seed(0))
         found.append(torch.cat([p.detach().ravel() for p in td3.critics.parameters()]))
     assert not torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])

@@ -6,7 +6,7 @@ from models.control.q_networks import DeterministicActor, QCritic, SquashedGauss
 
 def test_the_squashed_gaussian_is_that_of_torch_distributions() -> None:
     torch.manual_seed(0)
-    actor = SquashedGaussian(5, 3, (16,))
+    actor = SquashedGaussian(5, 3, (16,), "relu")
     observations, noise = torch.randn(40, 5), torch.randn(40, 3)
     actions, log_probs = actor(observations, noise)
     mean, log_std = actor.layers(observations).chunk(2, -1)
@@ -16,7 +16,7 @@ def test_the_squashed_gaussian_is_that_of_torch_distributions() -> None:
 
 
 def test_the_density_stays_finite_where_tanh_rounds_to_one() -> None:
-    actor = SquashedGaussian(1, 1, ())
+    actor = SquashedGaussian(1, 1, (), "relu")
     with torch.no_grad():
         actor.layers[0].bias.copy_(torch.tensor([30.0, -5.0]))
     actions, log_probs = actor(torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1))
@@ -30,7 +30,7 @@ def test_the_density_stays_finite_where_tanh_rounds_to_one() -> None:
 
 def test_critics_share_nothing() -> None:
     torch.manual_seed(0)
-    critics = QCritic(3, 2, (8,), count=2)
+    critics = QCritic(3, 2, (8,), "relu", count=2)
     inputs = torch.randn(7, 5)
     values = critics(inputs)
     assert values.shape == (2, 7)
@@ -40,7 +40,7 @@ def test_critics_share_nothing() -> None:
 
 
 def test_targets_follow() -> None:
-    target, source = DeterministicActor(3, 2, (4,)), DeterministicActor(3, 2, (4,))
+    target, source = DeterministicActor(3, 2, (4,), "tanh"), DeterministicActor(3, 2, (4,), "tanh")
     before = [p.detach().clone() for p in target.parameters()]
     follow(target, source, 0.25)
     for old, new, goal in zip(before, target.parameters(), source.parameters(), strict=True):
