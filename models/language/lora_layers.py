@@ -221,5 +221,5 @@ class LoraLinear(Adapted, nn.Linear):
         adapter = self.acting("weight")
         if adapter is None:
             return F.linear(x_TM, self.weight, self.bias)
-        y_TN = adapter.linear(x_TM, self.weight)
+        y_TN = adapter.linear(x_TM.flatten(0, -2), self.weight).unflatten(0, x_TM.shape[:-1])
         return y_TN if self.bias is None else y_TN + self.bias
