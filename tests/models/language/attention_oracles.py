@@ -18,7 +18,7 @@ from models.language.attention import packed_attention
 from models.language.config import LanguageConfig, RopeConfig
 from models.language.efficient_attention import EfficientAttention
 from models.language.gated_attention_unit import GatedAttentionUnit
-from models.language.kernel_attention import favor_exponent, normalised, orthogonal_gaussian, with_ones
+from models.language.kernel_attention import EluAttention, KernelAttention, PerformerAttention, orthogonal_gaussian
 from models.language.linformer import LinformerAttention
 from models.language.nystromformer import NystromformerAttention
 from models.language.packing import Packing
@@ -103,8 +103,15 @@ def elu_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhc->bihc", weights / weights.sum(-1, keepdim=True), v)
 
 
-def elu_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return normalised(linear_attention.chunked(F.elu(q) + 1, F.elu(k) + 1, with_ones(v), None)[0])
+SHAPE = LanguageConfig(num_attention_heads=HEADS, num_key_value_heads=1, head_dim=SIZE, performer_features=40)
+
+
+def mixed(layer: KernelAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return layer.mix([layer.query_features(q), layer.key_features(k), v], None)[0]
+
+
+def elu_ours(*qkv: Tensor) -> Tensor:
+    return mixed(EluAttention(SHAPE), *qkv)
 
 
 def performer_library(name: str) -> Callable[..., Tensor]:
@@ -122,9 +129,10 @@ def elu_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 PROJECTION = orthogonal_gaussian(40, SIZE, torch.Generator().manual_seed(2))
 
 
-def favor_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k = (favor_exponent(x, PROJECTION).exp() for x in (q, k))
-    return normalised(linear_attention.chunked(q, k, with_ones(v), None)[0])
+def favor_ours(*qkv: Tensor) -> Tensor:
+    layer = PerformerAttention(SHAPE)
+    layer.projection.data = PROJECTION
+    return mixed(layer, *qkv)
 
 
 def favor_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,9 +143,8 @@ def favor_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return causal(q, k, v, chunk_size=5, eps=0.0).transpose(1, 2)
 
 
-def efficient_ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    layer = EfficientAttention(LanguageConfig(num_attention_heads=HEADS, num_key_value_heads=1, head_dim=SIZE))
-    return layer.mix([layer.query_features(q), layer.key_features(k), with_ones(v)], None)[0][..., :-1]
+def efficient_ours(*qkv: Tensor) -> Tensor:
+    return mixed(EfficientAttention(SHAPE), *qkv)
 
 
 def efficient_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
