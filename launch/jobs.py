@@ -36,7 +36,10 @@ class Job:
 JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
+    "qac": Job("agents.qac:QACConfig", "agents.qac:train", "agents.qac:evaluate"),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
+    "trpo": Job("agents.trpo:TRPOConfig", "agents.trpo:train", "agents.trpo:evaluate"),
+    "ppo": Job("agents.ppo:PPOConfig", "agents.ppo:train", "agents.ppo:evaluate"),
 }
 
 
