@@ -37,6 +37,7 @@ JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
+    "offpac": Job("agents.offpac:OffPACConfig", "agents.offpac:train", "agents.offpac:evaluate"),
     "ddpg": Job("agents.ddpg:DDPGConfig", "agents.ddpg:train", "agents.ddpg:evaluate"),
     "td3": Job("agents.td3:TD3Config", "agents.td3:train", "agents.td3:evaluate"),
     "sac": Job("agents.sac:SACConfig", "agents.sac:train", "agents.sac:evaluate"),
