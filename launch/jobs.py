@@ -58,6 +58,7 @@ JOBS: dict[str, Job] = {
     "detr": Job(
         "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
     ),
+    "offpac": Job("agents.offpac:OffPACConfig", "agents.offpac:train", "agents.offpac:evaluate"),
     "ddpg": Job("agents.ddpg:DDPGConfig", "agents.ddpg:train", "agents.ddpg:evaluate"),
     "td3": Job("agents.td3:TD3Config", "agents.td3:train", "agents.td3:evaluate"),
     "sac": Job("agents.sac:SACConfig", "agents.sac:train", "agents.sac:evaluate"),
