@@ -53,6 +53,12 @@ class Job:
 JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
+    "diffusion": Job(
+        "agents.vision.diffusion:DiffusionConfig",
+        "agents.vision.diffusion:train",
+        "agents.vision.diffusion:evaluate",
+        extra="vision",
+    ),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
 }
 
