@@ -54,6 +54,12 @@ JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
     "qac": Job("agents.qac:QACConfig", "agents.qac:train", "agents.qac:evaluate"),
+    "diffusion": Job(
+        "agents.vision.diffusion:DiffusionConfig",
+        "agents.vision.diffusion:train",
+        "agents.vision.diffusion:evaluate",
+        extra="vision",
+    ),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
     "detr": Job(
         "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
