@@ -156,7 +156,8 @@ class PeerLearner(DetrLearner):
             save_detr(super().build(start, network, names), folder)
             model = DetrForSegmentation.from_pretrained(folder)
         model.config.auxiliary_loss = True
-        model.config.mask_loss_coefficient, model.config.dice_loss_coefficient = self.loss.mask, self.loss.dice
+        model.config.mask_loss_coefficient = int(self.loss.mask)
+        model.config.dice_loss_coefficient = int(self.loss.dice)
         _let_batch_norms_learn(model)
         return PeerModel(model).requires_grad_(True)
 
