@@ -150,7 +150,7 @@ def sparse_attention(
     size = max(1, READ_ENTRIES // read_entries)
     for begin in range(0, len(q_THC), size):
         tokens = slice(begin, begin + size)
-        read_NP, exists_NP = pattern.reads(positions_T[tokens], longest)
+        read_NP, exists_NP = pattern.reads(positions_T[tokens], longest)  # at least its own position
         k_NPKC, v_NPKC = fetch(tokens, read_NP)
         o_NH1C = F.scaled_dot_product_attention(
             q_THC[tokens, :, None],

@@ -247,6 +247,8 @@ class LanguageConfig:
         require_known(model_type, source)
         family = FAMILIES[str(model_type)]
         for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
+            if key == "use_sliding_window" and model_type == "qwen3":
+                continue
             if config.get(key, wanted) != wanted:
                 raise UserError(f"{source}: {key} is {config[key]!r}; only {wanted!r} is supported")
         if config.get("quantization_config"):
@@ -273,6 +275,13 @@ class LanguageConfig:
         if config.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
         values["layer_types"] = tuple(config.get("layer_types") or ())
+        if model_type == "qwen3" and config.get("use_sliding_window"):
+            if not config.get("sliding_window"):
+                raise UserError(f"{source}: use_sliding_window is set, but sliding_window is missing")
+            if not values["layer_types"]:  # folders of transformers 4 say how many of the first layers have no window
+                full = config.get("max_window_layers", 28)
+                layers = range(config["num_hidden_layers"])
+                values["layer_types"] = tuple("full_attention" if i < full else "sliding_attention" for i in layers)
         values["mlp_only_layers"] = tuple(config.get("mlp_only_layers") or ())
         values["rope"] = _rope_from_hf(config, source)
         eos = config.get("eos_token_id")

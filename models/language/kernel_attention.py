@@ -120,10 +120,12 @@ def favor_exponent(x_THC: Tensor, projection_FC: Tensor) -> Tensor:
 
 def orthogonal_gaussian(features: int, size: int, generator: torch.Generator) -> Tensor:
     """Rows [features, size], each Gaussian, and orthogonal to each other within blocks of `size` rows (§2.4)."""
-    blocks = [
-        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].mT
-        for _ in range(math.ceil(features / size))
-    ]
+    blocks = []
+    for _ in range(math.ceil(features / size)):
+        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        # Householder QR fixes signs by a rule, which alone would bias the estimate; this makes all rotations equally
+        # likely (Mezzadri 2007, arXiv math-ph/0609050, §5).
+        blocks.append((q * r.diagonal().sign()).mT)
     lengths = torch.randn(features, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:features] * lengths).float()
 
