@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train(config: ReasonConfig, run: "Run") -> None:
     """The `reason` job. Writes policy/final, a Hugging Face folder, and heldout/... figures to summary.json."""
     validate(config)
-    session = Session(config, run, config.rl.max_tokens, config.rl.temperature)
+    session = Session(config, run, config.rl.max_tokens, config.rl.temperature, config.rl.router_replay)
     try:
         state = run.restore()
         warmed_up = state is not None and state["step"] >= config.sft.steps
@@ -129,6 +129,7 @@ def judge(
                     advantage,
                     group,
                     reward,
+                    a.completion.experts,
                 )
             )
     count = len(samples)
@@ -190,6 +191,10 @@ def validate(config: ReasonConfig) -> None:
         raise UserError(
             f"--rl.minibatches {rl.minibatches} exceeds --rl.problems-per-iteration {rl.problems_per_iteration}: "
             "the samples of a problem stay in one minibatch"
+        )
+    if rl.router_replay and config.engine == "vllm":
+        raise UserError(
+            "--rl.router-replay: the vLLM engine here does not report which experts it used; choose --engine torch"
         )
     if rl.temperature <= 0:
         raise UserError(f"--rl.temperature {rl.temperature}: RL samples, so it must be above 0")

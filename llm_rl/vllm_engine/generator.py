@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_rl import weights
 from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
+from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
 
@@ -65,7 +66,7 @@ class VLLMGenerator:
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
                 enable_prefix_caching=False,  # a cached prefix rounds differently: no call would repeat itself
                 enforce_eager=enforce_eager or device == "cpu",
-                compilation_config=_OWN_MODEL_GRAPHS if config.model_type == "longstride" else {},
+                compilation_config=_OWN_MODEL_GRAPHS if config.model_type in SERVED_HERE else {},
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the folder
                 disable_log_stats=True,
@@ -141,7 +142,5 @@ def _import_vllm(device: str) -> Any:
             f"this vLLM runs on {current_platform.device_type or 'no device found here'}, not on {device}; "
             f"choose --device {current_platform.device_type or 'cpu'} or --engine torch"
         )
-    from llm_rl.vllm_engine.plugin import register
-
     register()  # vLLM calls the entry point itself; this serves a checkout that is not installed
     return vllm

@@ -101,25 +101,41 @@ class MixtureOfExperts(nn.Module):
         self.gate = ReplicatedLinear(
             hidden, config.num_experts, bias=False, params_dtype=torch.float32, prefix=f"{prefix}.gate"
         )
+        bias = None
+        if config.router_selection_bias:
+            bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.e_score_correction_bias = bias
+        # vLLM's grouped router also knows sigmoid scores, the bias and the scaling, on every device; one group will do.
+        grouped = config.scoring_func != "softmax" or bias is not None or config.routed_scaling_factor != 1
         self.experts = FusedMoE(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
             hidden_size=hidden,
             intermediate_size=config.moe_intermediate_size,
             renormalize=config.norm_topk_prob,
+            scoring_func=config.scoring_func,
+            use_grouped_topk=grouped or config.n_group > 1,
+            num_expert_group=config.n_group,
+            topk_group=config.topk_group,
+            routed_scaling_factor=config.routed_scaling_factor,
+            e_score_correction_bias=bias,
             prefix=f"{prefix}.experts",
         )
         self.shared_expert: DenseMLP | None = None
+        self.shared_expert_gate: ReplicatedLinear | None = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = DenseMLP(hidden, config.shared_expert_intermediate_size, f"{prefix}.shared_expert")
-            self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
+            if config.shared_expert_gate:
+                self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TE, _ = self.gate(x_TD.float())
         shared_TD: Tensor | float = 0.0
         if self.shared_expert is not None:  # before the experts, which may reuse x as their workspace
-            gate, _ = self.shared_expert_gate(x_TD)
-            shared_TD = gate.sigmoid() * self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                gate, _ = self.shared_expert_gate(x_TD)
+                shared_TD = gate.sigmoid() * shared_TD
         return self.experts(hidden_states=x_TD, router_logits=logits_TE) + shared_TD
 
 
@@ -165,7 +181,7 @@ class Body(nn.Module):
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
-    """What vLLM builds for a folder whose architecture is "LongstrideForCausalLM"."""
+    """What vLLM builds for a folder of ours, and for the families that plugin.SERVED_HERE names."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # merged parameter: its parts in a checkpoint
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -177,7 +193,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
         self.config = vllm_config.model_config.hf_config
-        language = self.config.language
+        language = LanguageConfig.from_hf(self.config.to_dict())
         self.num_experts = language.num_experts
         self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
         if language.tie_word_embeddings:
@@ -225,6 +241,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
             experts = fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
         loaded = set()
         for name, tensor in weights:
+            name = name.replace(".shared_experts.", ".shared_expert.")  # of dots1
             if name == "lm_head.weight" and self.lm_head is self.model.embed_tokens:
                 continue
             target, arguments = self._place(name, parameters, experts)

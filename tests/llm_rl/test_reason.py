@@ -100,6 +100,21 @@ def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(tmp_path: Path) ->
     assert not [name for name in final if "lora" in name]
 
 
+def test_router_replay_with_a_deepseek_router(tmp_path: Path) -> None:
+    flags = ["--rl.router-replay", "--policy.scoring-func", "sigmoid", "--policy.router-selection-bias"]
+    flags += ["--policy.shared-expert-intermediate-size", "32", "--policy.no-shared-expert-gate"]
+    flags += ["--policy.n-group", "2", "--policy.routed-scaling-factor", "1.5", "--sft.steps", "25"]
+    assert train(tmp_path, "replay", *flags, "--rl.iterations", "2") == 0
+    lines = [json.loads(line) for line in (tmp_path / "replay" / "metrics.jsonl").read_text().splitlines()]
+    for phase in ("sft/loss", "train/loss"):
+        row = next(line for line in lines if phase in line)
+        assert {"moe/max_violation", "moe/load_entropy", "moe/dropped_share"} <= row.keys()
+    config = json.loads((tmp_path / "replay" / "policy" / "final" / "config.json").read_text())
+    assert (config["scoring_func"], config["n_group"], config["router_selection_bias"]) == ("sigmoid", 2, True)
+    final = load_file(tmp_path / "replay" / "policy" / "final" / "model.safetensors")
+    assert final["model.layers.0.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
+
+
 def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:
     problems = tmp_path / "own.jsonl"
     rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(5)]
@@ -131,6 +146,9 @@ BAD = {
     "no problems": (["--problems", "missing.jsonl"], "missing.jsonl"),
     "heads": (["--policy.num-key-value-heads", "3"], "num_key_value_heads"),
     "greedy rl": (["--rl.temperature", "0"], "--rl.temperature"),
+    "replay without experts": (["--rl.router-replay", "--policy.intermediate-size", "64"], "no mixture of experts"),
+    "replay with vllm": (["--rl.router-replay", "--engine", "vllm"], "--engine torch"),
+    "groups": (["--policy.n-group", "3"], "n_group (3) does not divide num_experts (4)"),
     "too many minibatches": (["--rl.minibatches", "9"], "--rl.minibatches"),
 }
 

@@ -15,7 +15,7 @@ from models.language import checkpoint
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained, save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from models.language.packing import Packing
-from tests.models.language.policies import HYBRID, MOE, SHAPE
+from tests.models.language.policies import DEEPSEEK, HYBRID, MOE, SHAPE
 
 LENGTHS = (40, 7, 23)
 
@@ -42,6 +42,7 @@ def test_logits_and_gradients_equal_those_of_transformers(oracle: PreTrainedMode
     gradients = {n if n.startswith("lm_head") else f"model.{n}": p.grad for n, p in model.named_parameters()}
     compared = 0
     for name, parameter in oracle.named_parameters():
+        name = name.replace(".shared_experts.", ".shared_expert.")  # dots1's name of it
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4)
         compared += 1
     assert compared == len(gradients)
@@ -80,11 +81,15 @@ def test_a_qwen3_folder_with_a_sliding_window(written_by: str, tmp_path: Path) -
 
 
 def test_every_kind_of_model_survives_a_round_trip(policy: Decoder, tmp_path: Path) -> None:
+    for bias in policy.buffers():
+        bias.normal_()
     save_pretrained(policy, tmp_path)
     again = load_pretrained(tmp_path)
     assert again.config.to_hf() == policy.config.to_hf()
     for (name, before), (same_name, after) in zip(policy.named_parameters(), again.named_parameters(), strict=True):
         assert name == same_name
+        assert torch.equal(before, after)
+    for before, after in zip(policy.buffers(), again.buffers(), strict=True):
         assert torch.equal(before, after)
 
 
@@ -93,6 +98,17 @@ def test_a_model_with_new_layer_kinds_has_our_model_type(tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "longstride"
     assert config["architectures"] == ["LongstrideForCausalLM"]
+
+
+@pytest.mark.parametrize("changes", [{"expert_capacity_factor": 1.5}, {"shared_expert_gate": True}, {"n_group": 2}])
+def test_our_model_type_keeps_every_field_of_the_mixture(changes: dict, tmp_path: Path) -> None:
+    config = replace(DEEPSEEK, mlp_only_layers=(1,), **changes)
+    model = Decoder(config).init_weights(0)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "longstride"
+    again = load_pretrained(tmp_path)
+    assert replace(again.config, layer_types=()) == config
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_sharded_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Vision tasks: captioned scenes, COCO data and its scores, environments around vision models."""
