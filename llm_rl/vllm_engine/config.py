@@ -33,6 +33,13 @@ class LongstrideConfig(PretrainedConfig):
         return LanguageConfig.from_hf(fields | {"layer_types": fields["mixer_kinds"]})
 
 
+def language_config(hf_config: PretrainedConfig) -> LanguageConfig:
+    """Of a folder of ours, or of a family that our model serves."""
+    if isinstance(hf_config, LongstrideConfig):
+        return hf_config.language
+    return LanguageConfig.from_hf(hf_config.to_dict())
+
+
 def _standard_kind(kind: str) -> str:
     if kind in MIXERS and issubclass(MIXERS[kind], RecurrentMixer):
         return "linear_attention"
