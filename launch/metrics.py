@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from launch.checkpoint import Checkpoint
@@ -35,6 +36,11 @@ class MetricsFiles:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """picture: (H, W, 3) uint8, to TensorBoard only."""
+        self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+        self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()

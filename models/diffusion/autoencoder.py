@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.diffusion.attention import PixelAttention
 from models.diffusion.config import AutoencoderConfig
+from models.diffusion.noise_schedule import draw_noise
 from models.diffusion.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -26,10 +27,8 @@ class Posterior:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """μ + σ ε, the reparametrisation trick."""
-        noise = torch.randn(
-            self.mean_BZhw.shape, generator=generator, device=self.mean_BZhw.device, dtype=self.mean_BZhw.dtype
-        )
-        return self.mean_BZhw + (0.5 * self.log_variance_BZhw).exp() * noise
+        noise_BZhw = draw_noise(self.mean_BZhw.shape, generator, self.mean_BZhw.device)
+        return self.mean_BZhw + (0.5 * self.log_variance_BZhw).exp() * noise_BZhw.to(self.mean_BZhw.dtype)
 
     def kl(self) -> Tensor:
         """KL(q ‖ N(0, 1)) of each image, (B,), summed over the latent (Kingma and Welling, appendix B)."""

@@ -6,7 +6,7 @@ Shapes: B latents (B, C, H, W); T timesteps of training.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -126,6 +126,12 @@ class NoiseSchedule:
         self.alpha_bar_T = self.alpha_bar_T.to(time_B.device)
         alpha_bar = self.alpha_bar_T[time_B][:, None, None, None]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def draw_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal, float32. A generator of the CPU gives the same numbers for every device."""
+    drawn_on = generator.device if generator is not None else device
+    return torch.randn(tuple(shape), generator=generator, device=drawn_on).to(device)
 
 
 def _betas(config: SchedulerConfig) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.diffusion.noise_schedule import NoiseSchedule, SchedulerConfig
+from models.diffusion.noise_schedule import NoiseSchedule, SchedulerConfig, draw_noise
 from models.errors import UserError
 
 
@@ -87,5 +87,4 @@ class GaussianScheduler(Scheduler):
         mean_BCHW, std = self.mean_and_std(prediction_BCHW, i, x_BCHW)
         if std == 0:
             return mean_BCHW
-        noise_BCHW = torch.randn(mean_BCHW.shape, generator=generator, device=x_BCHW.device, dtype=mean_BCHW.dtype)
-        return mean_BCHW + std * noise_BCHW
+        return mean_BCHW + std * draw_noise(mean_BCHW.shape, generator, x_BCHW.device)

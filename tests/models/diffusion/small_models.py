@@ -9,7 +9,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.diffusion.autoencoder import Autoencoder
 from models.diffusion.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from models.diffusion.noise_schedule import SchedulerConfig
+from models.diffusion.pipeline import LatentDiffusion
 from models.diffusion.text_encoder import TextEncoder
+from models.diffusion.tokenizer import PromptTokenizer, train_tokenizer
 from models.diffusion.unet import UNet
 
 UNET: dict[str, Any] = {
@@ -47,6 +50,8 @@ def perturb(module: nn.Module, seed: int = 0) -> None:
 
 
 def unets() -> tuple[UNet, UNet2DConditionModel]:
+    """The same weights at every call."""
+    torch.manual_seed(0)
     reference = UNet2DConditionModel(**UNET).eval()
     perturb(reference)
     ours = UNet(UNetConfig(**UNET))
@@ -72,3 +77,23 @@ def text_encoders(**changes: Any) -> tuple[TextEncoder, CLIPTextModel]:
     ours = TextEncoder(TextEncoderConfig(**settings))
     ours.load_state_dict(reference.state_dict())
     return ours, reference
+
+
+CAPTIONS = ("a red circle above a blue square", "two green triangles", "the digit 7 beside a yellow circle")
+
+
+def tokenizer() -> PromptTokenizer:
+    return train_tokenizer(CAPTIONS, vocab_size=TEXT["vocab_size"], length=TEXT["max_position_embeddings"])
+
+
+def latent_diffusion(scheduler: str = "pndm") -> LatentDiffusion:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    parts = (
+        Autoencoder(AutoencoderConfig(**AUTOENCODER)),
+        UNet(UNetConfig(**UNET)),
+        TextEncoder(TextEncoderConfig(**TEXT)),
+    )
+    for seed, part in enumerate(parts):
+        perturb(part.eval().requires_grad_(False), seed)
+    return LatentDiffusion(*parts, tokenizer(), SchedulerConfig.sd_v1(scheduler))

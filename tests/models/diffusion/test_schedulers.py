@@ -15,6 +15,15 @@ from models.errors import UserError
 CLASS_OF = {name: getattr(diffusers, cls) for cls, name in NAMES.items()}
 PIXEL_SPACE = SchedulerConfig()  # all defaults: linear β, clipping, set_alpha_to_one where that is the default
 
+CASES = [
+    pytest.param(name, base, steps, id=f"{name}-{kind}-{steps}")
+    for name in CLASS_OF
+    for kind, base in (("sd_v1", SchedulerConfig.sd_v1()), ("defaults", PIXEL_SPACE))
+    for steps in (1, 2, 7, 50)
+    # diffusers' PNDM fails with a single step, and with a history shorter than its order
+    if name != "pndm" or steps > (1 if base.skip_prk_steps else 3)
+]
+
 
 def reference(config: SchedulerConfig, steps: int) -> Any:
     settings = {key: value for key, value in config.to_json().items() if key != "_class_name"}
@@ -30,15 +39,11 @@ def denoiser(x: Tensor, time: float) -> Tensor:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
-@pytest.mark.parametrize("base", [SchedulerConfig.sd_v1(), PIXEL_SPACE], ids=["sd_v1", "defaults"])
-@pytest.mark.parametrize("name", CLASS_OF)
+@pytest.mark.parametrize(("name", "base", "steps"), CASES)
 def test_every_step_of_the_loop(
     name: str, base: SchedulerConfig, steps: int, spacing: str | None, prediction_type: str
 ) -> None:
     config = replace(base, name=name, timestep_spacing=spacing, prediction_type=prediction_type)
-    if name == "pndm" and ((steps < 4 and not config.skip_prk_steps) or steps == 1):
-        pytest.skip("diffusers fails here")
     theirs, ours = reference(config, steps), make_scheduler(config, steps)
     assert ours.timesteps == pytest.approx(theirs.timesteps.tolist())
     assert ours.initial_std == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
