@@ -229,6 +229,23 @@ def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig) -> 
     return Batch(*(torch.from_numpy(array) for array in (*arrays, counted, targets[valid])))
 
 
+def fit_critic(
+    critic: nn.Module, optimizer: Optimizer, steps: Batch, epochs: int, batch_size: int, generator: torch.Generator
+) -> float:
+    """Regress the critic on its targets by minibatches. Returns the mean squared error of the last epoch."""
+    total = len(steps.targets)
+    for _ in range(epochs):
+        order = torch.randperm(total, generator=generator)
+        squared = 0.0
+        for chosen in order.split(batch_size):
+            loss = (critic(steps.observations[chosen]) - steps.targets[chosen]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            squared += loss.item() * len(chosen)
+    return squared / total
+
+
 def explained_variance(targets: Tensor, predictions: Tensor) -> float:
     """1: the critic knows the returns; 0: no better than their mean."""
     return 1 - ((targets - predictions).var() / (targets.var() + 1e-8)).item()

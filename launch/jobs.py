@@ -53,6 +53,7 @@ class Job:
 JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
+    "qac": Job("agents.qac:QACConfig", "agents.qac:train", "agents.qac:evaluate"),
     "diffusion": Job(
         "agents.vision.diffusion:DiffusionConfig",
         "agents.vision.diffusion:train",
@@ -61,6 +62,15 @@ JOBS: dict[str, Job] = {
     ),
     "ddpo": Job("agents.vision.ddpo:DDPOConfig", "agents.vision.ddpo:train", "agents.vision.ddpo:evaluate", "vision"),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
+    "detr": Job(
+        "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
+    ),
+    "offpac": Job("agents.offpac:OffPACConfig", "agents.offpac:train", "agents.offpac:evaluate"),
+    "ddpg": Job("agents.ddpg:DDPGConfig", "agents.ddpg:train", "agents.ddpg:evaluate"),
+    "td3": Job("agents.td3:TD3Config", "agents.td3:train", "agents.td3:evaluate"),
+    "sac": Job("agents.sac:SACConfig", "agents.sac:train", "agents.sac:evaluate"),
+    "trpo": Job("agents.trpo:TRPOConfig", "agents.trpo:train", "agents.trpo:evaluate"),
+    "ppo": Job("agents.ppo:PPOConfig", "agents.ppo:train", "agents.ppo:evaluate"),
 }
 
 

@@ -6,6 +6,7 @@ Digits are real handwriting: scikit-learn's copy of the UCI optical digits (1,79
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,11 +56,16 @@ def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: np.float32) -> np.ndar
 
 
 @functools.cache
+def _all_digits() -> Any:
+    from sklearn.datasets import load_digits  # a second to import, and scenes of shapes alone can do without
+
+    return load_digits()
+
+
+@functools.cache
 def handwriting(digit: str, heldout: bool) -> list[np.ndarray]:
     """All images of one digit, cut to the ink: (h, w) uint8."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = _all_digits()
     part = slice(-HELDOUT_DIGITS, None) if heldout else slice(None, -HELDOUT_DIGITS)
     images, labels = digits.images[part], digits.target[part]
     found = []

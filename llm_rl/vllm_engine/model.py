@@ -1,4 +1,4 @@
-"""The decoder inside vLLM: vLLM's projections, paged attention and fused experts; our norms and linear attention."""
+"""The decoder inside vLLM: vLLM's projections, paged attention and fused experts; our norms and recurrent mixers."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -28,15 +28,22 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 
-from llm_rl.vllm_engine.linear_layer import LinearAttentionLayer, state_shape
+from llm_rl.vllm_engine.config import language_config
+from llm_rl.vllm_engine.recurrent_layer import RecurrentLayer, state_shape
+from llm_rl.vllm_engine.sparse_layer import SparseAttention
 from models.errors import UserError
 from models.language.config import LanguageConfig
+from models.language.mixers import MIXERS
 from models.language.norm import RMSNorm
+from models.language.recurrent import RecurrentMixer
 
 
 class SoftmaxAttentionLayer(nn.Module):
-    def __init__(self, config: LanguageConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    """vLLM's own attention for full and sliding windows, ours for the patterns that it does not have."""
+
+    def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        kind = config.mixer_kind(layer)
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim = size
@@ -48,14 +55,19 @@ class SoftmaxAttentionLayer(nn.Module):
         self.rotary = get_rope(
             size, max_position=config.max_position_embeddings, rope_parameters=config.to_hf()["rope_parameters"]
         )
-        self.attn = Attention(
-            heads,
-            size,
-            size**-0.5,
-            num_kv_heads=kv_heads,
-            cache_config=vllm_config.cache_config,
-            prefix=f"{prefix}.attn",
-        )
+        self.attn: nn.Module
+        if kind in ("strided_attention", "fixed_attention"):
+            self.attn = SparseAttention(config, layer, vllm_config, f"{prefix}.attn")
+        else:
+            self.attn = Attention(
+                heads,
+                size,
+                size**-0.5,
+                num_kv_heads=kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=config.sliding_window if kind == "sliding_attention" else None,
+                prefix=f"{prefix}.attn",
+            )
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(x_TD)
@@ -131,9 +143,14 @@ class MixtureOfExperts(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        kinds = {"full_attention": SoftmaxAttentionLayer, "linear_attention": LinearAttentionLayer}
+        mixer = (
+            RecurrentLayer if issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer) else SoftmaxAttentionLayer
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = kinds[config.mixer_kind(layer)](config, vllm_config, f"{prefix}.self_attn")
+        self.self_attn = mixer(config, layer, vllm_config, f"{prefix}.self_attn")
+        self.has_mlp = config.has_mlp(layer)
+        if not self.has_mlp:
+            return
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.is_moe(layer):
             self.mlp: nn.Module = MixtureOfExperts(config, f"{prefix}.mlp")
@@ -142,6 +159,8 @@ class Layer(nn.Module):
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         x_TD = x_TD + self.self_attn(positions, self.input_layernorm(x_TD))
+        if not self.has_mlp:
+            return x_TD
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -167,7 +186,6 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # merged parameter: its parts in a checkpoint
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "qkvg_proj": ["q_proj", "k_proj", "v_proj", "g_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
@@ -176,7 +194,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
         self.config = vllm_config.model_config.hf_config
-        language = LanguageConfig.from_hf(self.config.to_dict())
+        language = language_config(self.config)
         self.num_experts = language.num_experts
         self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
         if language.tie_word_embeddings:
@@ -187,8 +205,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        config = vllm_config.model_config.hf_config
-        return state_shape(config.num_attention_heads, config.head_dim)
+        return state_shape(language_config(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -247,6 +264,8 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 target = name.replace(f".{part}.", f".{merged}.")
                 if target != name and target in parameters:
                     return target, {"loaded_shard_id": "qkv"[index] if merged == "qkv_proj" else index}
+        if name not in parameters:  # a recurrent layer holds the learner's mixer whole
+            name = name.replace(".self_attn.", ".self_attn.mixer.")
         if name not in parameters:
             raise UserError(f"unexpected tensor {name}; does config.json describe this model?")
         return name, {}

@@ -71,8 +71,12 @@ class DetrConfig:
             raise UserError(f"DETR: d_model {self.d_model} must be divisible by 4 and by the numbers of heads")
         if self.mask_head and len(self.backbone.depths) < 3:
             raise UserError("DETR: the mask head needs a backbone of at least 3 stages")
-        if self.mask_head and (self.d_model + self.encoder_attention_heads) % 8:
-            raise UserError(f"DETR: the mask head needs d_model + heads divisible by 8, not {self.d_model}")
+        if self.mask_head and not self._mask_head_has_whole_groups():
+            raise UserError(f"DETR: d_model {self.d_model} gives the mask head no whole groups; use a power of two")
+
+    def _mask_head_has_whole_groups(self) -> bool:
+        widths = [self.d_model + self.encoder_attention_heads, *(self.d_model // n for n in (2, 4, 8, 16))]
+        return all(width and width % min(8, width) == 0 for width in widths)
 
 
 SHARED = [f.name for f in fields(DetrConfig) if f.name not in ("num_labels", "labels", "mask_head", "backbone")]

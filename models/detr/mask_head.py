@@ -43,6 +43,7 @@ class MaskHead(nn.Module):
         """finer_channels: of the three feature maps from coarse to fine."""
         super().__init__()
         widths = [dim + heads, dim + heads, dim // 2, dim // 4, dim // 8, dim // 16]
+        self.lay1: nn.Conv2d
         for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
             self.add_module(f"lay{i}", nn.Conv2d(inputs, outputs, 3, padding=1))
             self.add_module(f"gn{i}", nn.GroupNorm(min(8, outputs), outputs))
@@ -54,6 +55,11 @@ class MaskHead(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+        # Attention sums to 1 over all heads and cells, so it is hundreds of times smaller than the features beside it,
+        # and is all that tells one query's mask from another's. Random weights that read it begin larger.
+        with torch.no_grad():
+            self.lay1.weight[:, dim:] *= 64
 
     def forward(self, x_BCHW: Tensor, attention_BQNHW: Tensor, finer: Sequence[Tensor]) -> Tensor:
         """finer: feature maps from coarse to fine. Returns mask logits (B, Q, h, w) of the finest map's size."""

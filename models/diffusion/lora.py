@@ -6,7 +6,6 @@ wrote before it used peft (`.lora.down.weight`, `.lora.up.weight`) are read too.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 
 from models.diffusion.unet import UNet
 from models.errors import UserError
-from models.language.lora import LoraConfig, LoraLinear
+from models.language.lora_layers import LoraConfig, LoraLinear, LowRank
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_NAME = "default"
 _PREFIX = "unet."
 _METADATA = "lora_adapter_metadata"
 _OLD_SUFFIXES = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
@@ -32,8 +32,9 @@ def attach_lora(unet: UNet, config: LoraConfig, seed: int) -> None:
 
     A is drawn as a Linear's weight is and B is 0: the UNet starts unchanged. Raises UserError for an unknown target.
     """
-    if config.r < 1:
-        raise UserError(f"lora: r is {config.r}; it must be at least 1")
+    config.validate()
+    if config.use_rslora or config.use_dora or config.init != "uniform":
+        raise UserError("lora: the UNet takes plain LoRA alone; leave use_rslora, use_dora and init as they are")
     linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
     for target in config.targets:
         if not any(_is_target(name, target) for name in linears):
@@ -42,14 +43,15 @@ def attach_lora(unet: UNet, config: LoraConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears.items():
         if any(_is_target(name, target) for target in config.targets):
-            adapted = _adapt(unet, name, linear, config.r, config.alpha)
-            bound = 1 / math.sqrt(linear.in_features)
-            with torch.no_grad():
-                adapted.lora_A.copy_(torch.empty(adapted.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            _adapt(unet, name, linear, config, generator)
 
 
-def adapters(unet: UNet) -> dict[str, LoraLinear]:
-    """The adapted Linears by name."""
+def adapters(unet: UNet) -> dict[str, LowRank]:
+    """The adapters by the names of their Linears."""
+    return {name: layer.parts(_NAME)["weight"] for name, layer in _layers(unet).items()}
+
+
+def _layers(unet: UNet) -> dict[str, LoraLinear]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -108,7 +110,8 @@ def load_lora(unet: UNet, folder: Path) -> None:
                 f"{file}: the adapter of {layer} has shapes {list(pair['A'].shape)} and {list(pair['B'].shape)}, but "
                 f"the layer is {list(linear.weight.shape)}; was the adapter trained on another model?"
             )
-        adapted = _adapt(unet, layer, linear, r, settings.get("lora_alpha", r))
+        config = LoraConfig(r=r, alpha=settings.get("lora_alpha", r), targets=(layer,))
+        adapted = _adapt(unet, layer, linear, config, torch.Generator())
         with torch.no_grad():
             adapted.lora_A.copy_(pair["A"])
             adapted.lora_B.copy_(pair["B"])
@@ -117,19 +120,21 @@ def load_lora(unet: UNet, folder: Path) -> None:
 @torch.no_grad()
 def merge_lora(unet: UNet) -> None:
     """Add each adapter to its weight, and leave plain Linears behind."""
-    for name, layer in adapters(unet).items():
+    for name, layer in _layers(unet).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+        plain.weight = nn.Parameter(layer.merged_weight("weight"), requires_grad=False)
         plain.bias = layer.bias
         _replace(unet, name, plain)
 
 
-def _adapt(unet: UNet, name: str, linear: nn.Linear, r: int, alpha: float) -> LoraLinear:
+def _adapt(unet: UNet, name: str, linear: nn.Linear, config: LoraConfig, generator: torch.Generator) -> LowRank:
     if isinstance(linear, LoraLinear):
         raise ValueError("the UNet already has adapters")
-    adapted = LoraLinear(linear, r, alpha)
-    _replace(unet, name, adapted)
-    return adapted
+    layer = LoraLinear(linear)
+    layer.add(_NAME, "weight", config, generator)
+    layer.active = _NAME
+    _replace(unet, name, layer)
+    return layer.parts(_NAME)["weight"]
 
 
 def _replace(unet: UNet, name: str, module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
 from models.language.families import FAMILIES
-from models.language.lora import adapters
+from models.language.lora import merged_weights
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -89,31 +89,32 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:
     """Views into the model's weights and its routers' biases, by the names and in the pieces of a Qwen3-MoE checkpoint
     (one piece per expert)."""
-    slots = {}
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        name = name if name.startswith("lm_head.") else f"model.{name}"
-        weight = parameter.detach()
-        experts, _, part = name.rpartition(".")
-        if part == "gate_up_proj":
-            for e, both in enumerate(weight):
-                slots[f"{experts}.{e}.gate_proj.weight"], slots[f"{experts}.{e}.up_proj.weight"] = both.chunk(2)
-        elif part == "down_proj":
-            for e, down in enumerate(weight):
-                slots[f"{experts}.{e}.down_proj.weight"] = down
-        else:
-            slots[name] = weight
-    return slots
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return dict(piece for name, weight in named if ".adapters." not in name for piece in _pieces(name, weight.detach()))
+
+
+def _pieces(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    name = name if name.startswith("lm_head.") else f"model.{name}"
+    experts, _, part = name.rpartition(".")
+    if part == "gate_up_proj":
+        for e, both in enumerate(weight):
+            gate, up = both.chunk(2)
+            yield f"{experts}.{e}.gate_proj.weight", gate
+            yield f"{experts}.{e}.up_proj.weight", up
+    elif part == "down_proj":
+        for e, down in enumerate(weight):
+            yield f"{experts}.{e}.down_proj.weight", down
+    else:
+        yield name, weight
 
 
 def to_checkpoint(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by the names of the model's family, adapters merged in. The model is left as it is; the tensors may be
-    views of it."""
-    adapted = {f"model.{name}.weight": layer for name, layer in adapters(model).items()}
+    """Tensors by the names of the model's family, the active adapter merged in. The model is left as it is; the
+    tensors may be views of it."""
     family = FAMILIES[model.config.model_type]
-    for name, tensor in checkpoint_slots(model).items():
-        yield family.tensor_name(name), adapted[name].merged_weight() if name in adapted else tensor
+    for name, weight in merged_weights(model):
+        for piece, tensor in _pieces(name, weight):
+            yield family.tensor_name(piece), tensor
 
 
 def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: str | Path | None = None) -> None:

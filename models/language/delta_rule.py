@@ -12,10 +12,14 @@ linear attention writes KᵀV. The parallel form is one chunk.
 The paper's layer also has short convolutions before the features; ours has none, so its state is the matrix alone.
 
 Shapes and number formats are those of linear_attention.py; beta [B, L, H] like log_g.
+On a GPU in half precision the chunked form is flash-linear-attention's Triton kernel if that package is installed (the
+extra `fla`): its triangular inverse inside the chunk is what plain torch cannot fuse.
 A token with k = 0, β = 0 and log_g = 0 leaves the state as it is.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +35,7 @@ def parallel(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every pair of tokens at once."""
-    return chunked(q, k, v, log_g, beta, state, chunk=q.shape[1])
+    return chunked_in_torch(q, k, v, log_g, beta, state, q.shape[1])
 
 
 def chunked(
@@ -43,8 +47,28 @@ def chunked(
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
+    """Pairs within a chunk at once; from chunk to chunk only the state is handed on."""
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and (kernel := _fla_kernel()) is not None:
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        o, last = kernel(q, k, v, log_g, beta, scale=1.0, initial_state=state, output_final_state=True)
+        return o, last
+    return chunked_in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
+
+
+@functools.cache
+def _fla_kernel() -> Callable[..., Any] | None:
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return cast(Callable[..., Any], chunk_gated_delta_rule)
+
+
+def chunked_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The chunked form without a kernel: all chunks' triangular systems at once, then a scan over the chunks."""
     length, width = q.shape[1], v.shape[-1]
-    chunk = min(chunk, length)
     q, k, v = (split(x.float(), chunk) for x in (q, k, v))  # [B, H, N, chunk, ·]
     beta = split(beta.float()[..., None], chunk)
     decay = split(log_g[..., None], chunk).squeeze(-1).double().cumsum(-1)

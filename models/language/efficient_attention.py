@@ -9,17 +9,15 @@ form can only normalise over the positions read so far, so ρ_k depends on the r
 
 Each channel f keeps a running average of the values, weighted by exp(k_f), and the query averages over the channels:
 all weights are positive and sum to 1. The paper's bidirectional form is the last row, i = L.
-The division is by channel, so it goes into the query: o_i = S_iᵀ (softmax(q_i) / z_i), with z_i the state's last column
-once each value has a 1 appended. Key logits are limited to ± 30 so that float32 holds every sum of their exponentials.
+With z_if the denominator, o_i = S_iᵀ (softmax(q_i) / z_i): a linear attention whose queries are divided channel by
+channel. Key logits are limited to ± 30 so that float32 holds every sum of their exponentials.
 """
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from models.language.config import LanguageConfig
 from models.language.kernel_attention import KernelAttention
-from models.language.linear_attention import chunked, step
 
 LARGEST_LOGIT = 30.0
 
@@ -34,16 +32,5 @@ class EfficientAttention(KernelAttention):
     def key_features(self, k_THC: Tensor) -> Tensor:
         return k_THC.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).exp()
 
-    def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v = inputs
-        total = k.cumsum(1)  # z_i, [B, L, H, F]
-        if state is not None:
-            total = total + state[..., -1][:, None]
-        return chunked(q / total, k, v, None, state)  # a padding token has 0 / z, and z > 0 from the tokens before it
-
-    def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = inputs
-        return step(q / (state[..., -1] + k), k, v, None, state)
-
-    def finish(self, o_T: Tensor, x_TD: Tensor) -> Tensor:
-        return self.o_proj(o_T[..., :-1].to(x_TD.dtype).flatten(-2))
+    def normalise(self, q: Tensor, z: Tensor) -> Tensor:
+        return q / z.clamp(min=torch.finfo(torch.float32).tiny)

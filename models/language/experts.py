@@ -38,8 +38,8 @@ def grouped_swiglu(x_SD: Tensor, weights_S: Tensor, ends_E: Tensor, gate_up_proj
 
     The weight is multiplied in before `down`, which is linear: there the rows are narrow and already in registers.
     """
-    gate_up_S2I = _GroupedLinear.apply(x_SD, gate_up_proj, ends_E)
-    return _GroupedLinear.apply(weighted_swiglu(gate_up_S2I, weights_S), down_proj, ends_E)
+    gate_up_S2I = GroupedLinear.apply(x_SD, gate_up_proj, ends_E)
+    return GroupedLinear.apply(weighted_swiglu(gate_up_S2I, weights_S), down_proj, ends_E)
 
 
 def looped_swiglu(x_SD: Tensor, weights_S: Tensor, ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def weighted_swiglu(gate_up_S2I: Tensor, weights_S: Tensor) -> Tensor:
     return (F.silu(gate_SI) * up_SI * weights_S[:, None]).to(gate_up_S2I.dtype)
 
 
-class _GroupedLinear(torch.autograd.Function):
+class GroupedLinear(torch.autograd.Function):
     """Row s times the transposed weight [N, M] of its group: [S, M] → [S, N].
 
     Autograd's own backward would give the weight's gradient in transposed layout, and copy it.
@@ -69,11 +69,15 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SM: Tensor, weight_ENM: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_SM, weight_ENM, ends_E)
+        if len(x_SM) == 0:  # grouped_mm refuses it
+            return x_SM.new_empty(0, weight_ENM.shape[1])
         return F.grouped_mm(x_SM, weight_ENM.mT, offs=ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_SM, weight_ENM, ends_E = ctx.saved_tensors
+        if len(x_SM) == 0:
+            return torch.zeros_like(x_SM), torch.zeros_like(weight_ENM), None
         grad_SN = grads[0].contiguous()
         grad_x = F.grouped_mm(grad_SN, weight_ENM, offs=ends_E) if ctx.needs_input_grad[0] else None
         grad_weight = F.grouped_mm(grad_SN.mT, x_SM, offs=ends_E) if ctx.needs_input_grad[1] else None

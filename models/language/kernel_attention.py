@@ -2,8 +2,8 @@
 
     o_i = Σ_{j≤i} φ(q_i)ᵀφ(k_j) v_j / Σ_{j≤i} φ(q_i)ᵀφ(k_j)
 
-Numerator and denominator are one linear attention without decay: each value gets a 1 appended, and the output's last
-channel is the denominator. Three feature maps:
+The denominator is φ(q_i)ᵀz_i with z_i = Σ_{j≤i} φ(k_j): dividing each query's features by it leaves a linear attention
+without decay. Three kinds:
 
     elu_attention         φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)
     performer_attention   positive orthogonal random features of the softmax kernel (Choromanski et al. 2020, arXiv
@@ -28,11 +28,11 @@ from models.language.recurrent import RecurrentMixer, Rotation
 from models.language.rope import rotate
 
 LARGEST_EXPONENT = 60.0  # of a key's feature: the sum over 2²⁰ keys, and its products with values, fit in float32
-SMALLEST_WEIGHT = 1e-20  # of all keys together, where every feature underflows
+SMALLEST_WEIGHT = 1e-20  # of all keys together: where every feature underflows, and in padding, where all are 0
 
 
 class KernelAttention(RecurrentMixer):
-    """Base of the three: projections, and the state of numerator and denominator, [H, F, C + 1]."""
+    """Base of the three: projections, and the state [H, F, C + 1], whose last column is z."""
 
     def __init__(self, config: LanguageConfig, features: int) -> None:
         super().__init__()
@@ -57,28 +57,29 @@ class KernelAttention(RecurrentMixer):
     def project(self, x_TD: Tensor, cos_sin: Rotation, positions_T: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), *cos_sin).float(), rotate(self.k_norm(k), *cos_sin).float()
-        return self.query_features(q), self.key_features(k), with_ones(v.float())
+        return self.query_features(q), self.key_features(k), v
+
+    def normalise(self, q: Tensor, z: Tensor) -> Tensor:
+        """The queries, divided so that the weights of all keys sum to 1; both [..., H, F]."""
+        return q / (q * z).sum(-1, keepdim=True).clamp(min=SMALLEST_WEIGHT)
 
     def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
-        return chunked(q, k, v, None, state)
+        z = k.cumsum(1)
+        if state is not None:
+            z = z + state[:, None, ..., -1]
+        memory = None if state is None else state[..., :-1]
+        o, memory = chunked(self.normalise(q, z), k, v, None, memory)
+        return o, torch.cat([memory, z[:, -1, ..., None]], -1)
 
     def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
-        return step(q, k, v, None, state)
+        z = state[..., -1] + k
+        o, memory = step(self.normalise(q, z), k, v, None, state[..., :-1])
+        return o, torch.cat([memory, z[..., None]], -1)
 
     def finish(self, o_T: Tensor, x_TD: Tensor) -> Tensor:
-        return self.o_proj(normalised(o_T).to(x_TD.dtype).flatten(-2))
-
-
-def with_ones(v: Tensor) -> Tensor:
-    """[..., C] → [..., C + 1]."""
-    return F.pad(v, (0, 1), value=1.0)
-
-
-def normalised(o: Tensor) -> Tensor:
-    """Numerator over denominator, [..., C + 1] → [..., C]. After unpadding: a padding token has 0 / 0."""
-    return o[..., :-1] / o[..., -1:].clamp(min=SMALLEST_WEIGHT)
+        return self.o_proj(o_T.to(x_TD.dtype).flatten(-2))
 
 
 class EluAttention(KernelAttention):
@@ -120,10 +121,12 @@ def favor_exponent(x_THC: Tensor, projection_FC: Tensor) -> Tensor:
 
 def orthogonal_gaussian(features: int, size: int, generator: torch.Generator) -> Tensor:
     """Rows [features, size], each Gaussian, and orthogonal to each other within blocks of `size` rows (§2.4)."""
-    blocks = [
-        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].mT
-        for _ in range(math.ceil(features / size))
-    ]
+    blocks = []
+    for _ in range(math.ceil(features / size)):
+        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        # Householder QR fixes signs by a rule, which alone would bias the estimate; this makes all rotations equally
+        # likely (Mezzadri 2007, arXiv math-ph/0609050, §5).
+        blocks.append((q * r.diagonal().sign()).mT)
     lengths = torch.randn(features, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
     return (torch.cat(blocks)[:features] * lengths).float()
 

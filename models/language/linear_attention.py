@@ -11,7 +11,8 @@ that of gated linear attention (Yang et al. 2024, arXiv 2312.06635, §4). All th
     recurrent   O(1) time and memory for each token; decoding
 
 They compute in float32 and only exponentiate sums of log-decays, which are never positive, so nothing overflows. The
-sums are float64: the decay between two tokens is a difference of two sums that may both be long.
+sums are float64: the decay between two tokens is a difference of two sums that may both be long. On a GPU in half
+precision the chunked form runs through Triton kernels instead (linear_attention_kernels.py).
 A token with k = 0 and log_g = 0 leaves the state as it is: zero padding needs no mask.
 
 Shapes: q, k [B, L, H, F]; v [B, L, H, C]; log_g [B, L, H] (≤ 0; None: no decay); state [B, H, F, C]; output
@@ -20,6 +21,7 @@ Shapes: q, k [B, L, H, F]; v [B, L, H, C]; log_g [B, L, H] (≤ 0; None: no deca
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,8 @@ def chunked(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Pairs within a chunk at once; from chunk to chunk only the state is handed on."""
+    if (kernels := kernels_for(q, v)) is not None:
+        return kernels.chunked(q, k, v, log_g, state, chunk)
     length = q.shape[1]
     chunk = min(chunk, length)
     q, k, v = (split(x.float(), chunk) for x in (q, k, v))  # [B, H, N, chunk, ·]
@@ -117,6 +121,16 @@ def scan(log_kept: Tensor | None, written: Tensor, state: Tensor | None) -> tupl
     kept = F.pad(decay[..., :-1], (1, 0)).float().exp()
     before = before + kept[..., None, None] * start[:, :, :, None]
     return before.flatten(2, 3)[:, :, :chunks], last
+
+
+def kernels_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they serve: half precision on an NVIDIA GPU, and widths that are powers of two."""
+    if not v.is_cuda or v.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    from models.language import linear_attention_kernels  # triton comes with torch's CUDA builds only
+
+    fits = q.shape[-1] in linear_attention_kernels.WIDTHS and v.shape[-1] in linear_attention_kernels.WIDTHS
+    return linear_attention_kernels if fits else None
 
 
 def decay_between(decay: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Strided:
     def reads(self, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         device = positions_T.device
         near = torch.arange(self.stride, device=device)
-        far = torch.arange(self.stride, longest, self.stride, device=device)
+        far = torch.arange(1, (longest - 1) // self.stride + 1, device=device) * self.stride
         read_TP = positions_T[:, None] - torch.cat([near, far])
         return read_TP.clamp(min=0), read_TP >= 0
 
@@ -91,7 +91,7 @@ class Fixed:
         device, stride = positions_T.device, self.stride
         block_T1 = positions_T[:, None] // stride
         near_TP = block_T1 * stride + torch.arange(stride, device=device)
-        ends = torch.arange(stride, longest + 1, stride, device=device)
+        ends = torch.arange(1, longest // stride + 1, device=device) * stride
         far_P = (ends[:, None] - self.summary + torch.arange(self.summary, device=device)).flatten()
         far_TP = far_P.expand(len(positions_T), -1)
         exists = torch.cat([near_TP <= positions_T[:, None], far_TP // stride < block_T1], 1)

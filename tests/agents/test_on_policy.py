@@ -19,8 +19,8 @@ from tests.agents.runs import assert_equal, final_state, metrics, runtime, train
 
 HERE = "tests.envs.control.environments"
 COUNTING, REACHING = f"{HERE}:Counting-v0", f"{HERE}:Reaching"
-SHORT = {"steps": 3000, "workers": 1, "eval_every": 1000, "log_every": 500, "eval_episodes": 5}
-JOBS = ["a2c"]
+SHORT = {"steps": 3000, "workers": 1, "eval_every": 1000, "log_every": 500, "eval_episodes": 5, "n_steps": 8}
+JOBS = ["qac", "a2c", "trpo", "ppo"]
 
 
 def short(job: str, **changes: Any) -> Any:

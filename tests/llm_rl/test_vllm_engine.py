@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from tests.llm_rl.scoring import moved, worst_difference
-from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, MOE
+from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, MOE, RECURRENT, SPARSE
 
 KINDS = {
     "dense": replace(DENSE, head_dim=32),
@@ -39,6 +39,8 @@ KINDS = {
         routed_scaling_factor=0.7,
         router_selection_bias=True,
     ),
+    "sparse": replace(SPARSE, head_dim=32),
+    "recurrent": replace(RECURRENT, head_dim=32),
     "softmax with shared expert": replace(
         HYBRID,
         head_dim=32,

@@ -94,6 +94,7 @@ def test_images_are_normalised_as_imagenet_is() -> None:
     ("change", "message"),
     [
         ({"d_model": 30}, "d_model 30 must be divisible"),
+        ({"mask_head": True, "d_model": 48}, "d_model 48 gives the mask head no whole groups"),
         ({"labels": ("one",)}, "1 label names for 91 labels"),
         ({"mask_head": True, "backbone": ResNetConfig("basic", (1, 1), (8, 8), 8)}, "at least 3 stages"),
     ],

@@ -41,7 +41,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained() -> None:
     attach_lora(ours, CONFIG, seed=0)
     torch.testing.assert_close(draw(ours), draw(reference), rtol=1e-4, atol=1e-4)
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{name}.lora_{part}" for name in adapters(ours) for part in "AB"}
+    assert trained == {f"{name}.adapters.default.weight.lora_{part}" for name in adapters(ours) for part in "AB"}
     assert len(adapters(ours)) == 11 * 2 * 4  # transformers × attentions × projections
 
 

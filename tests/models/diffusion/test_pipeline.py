@@ -103,7 +103,7 @@ def test_the_same_seed_repeats_bit_for_bit(folder: Path) -> None:
         (lambda model: image_to_image(model, torch.zeros(1, 3, 64, 60), ["x"]), "multiples of 8"),
         (lambda model: image_to_image(model, torch.zeros(1, 3, 64, 64), ["x", "y"]), "1 images but 2 prompts"),
         (lambda model: image_to_image(model, torch.zeros(1, 3, 64, 64), ["x"], strength=0.01), "no step"),
-        (lambda model: model.scheduler.with_name("ddmp"), "did you mean `ddpm`"),
+        (lambda model: model.scheduler.with_name("ddpmm"), "did you mean `ddpm`"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, named: str) -> None:

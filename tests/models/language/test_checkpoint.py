@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from models.errors import UserError
 from models.language import checkpoint
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained, save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from models.language.packing import Packing
-from tests.models.language.policies import DEEPSEEK, HYBRID, MOE
+from tests.models.language.policies import DEEPSEEK, HYBRID, MOE, SHAPE
 
 LENGTHS = (40, 7, 23)
 
@@ -57,6 +57,27 @@ def test_transformers_loads_what_we_save(oracle: PreTrainedModel, oracle_folder:
     with torch.no_grad():
         torch.testing.assert_close(alone(again, tokens_T), alone(oracle, tokens_T), atol=1e-6, rtol=0)
         torch.testing.assert_close(model.logits(model(tokens_T, packing)), alone(again, tokens_T), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("written_by", ["transformers 5", "transformers 4"])
+def test_a_qwen3_folder_with_a_sliding_window(written_by: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    window = {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}
+    oracle = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **window))
+    oracle.save_pretrained(tmp_path)
+    if written_by == "transformers 4":
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_pretrained(tmp_path)
+    assert model.config.layer_types == ("full_attention", "sliding_attention", "sliding_attention")
+    tokens_T, packing = pack()
+    theirs = alone(oracle, tokens_T)
+    torch.testing.assert_close(model.logits(model(tokens_T, packing)), theirs, atol=1e-5, rtol=0)
+    whole = Decoder(replace(model.config, layer_types=()))
+    whole.load_state_dict(model.state_dict())
+    assert (whole.logits(whole(tokens_T, packing)) - theirs).abs().max() > 0.1  # the window matters
 
 
 def test_every_kind_of_model_survives_a_round_trip(policy: Decoder, tmp_path: Path) -> None:

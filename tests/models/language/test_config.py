@@ -10,7 +10,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from models.errors import UserError
 from models.language.config import LanguageConfig, RopeConfig
 from models.language.rope import inverse_frequencies
-from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, LLAMA3_ROPE, MOE, POLICIES, SHAPE
+from tests.models.language.policies import (
+    DEEPSEEK,
+    DENSE,
+    HYBRID,
+    LLAMA3_ROPE,
+    MOE,
+    POLICIES,
+    RECURRENT,
+    SHAPE,
+    SPARSE,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,16 @@ from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, LLAMA3_ROPE,
         ({"num_experts": 0, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size needs"),
         ({"layer_types": ("full_attention",)}, "layer_types names 1 layers"),
         ({"layer_types": ("full_attention", "mamba", "full_attention")}, "unknown kind 'mamba'.*linear_attention"),
+        (
+            {"layer_types": ("full_attention",) * 2 + ("linformer_attention",)},
+            "linformer_attention.*layer 2.*later tokens",
+        ),
+        ({"layer_types": ("nystromformer_attention",) * 3}, "nystromformer_attention.*layer 0.*elu_attention"),
+        ({"sparse_summary": 65}, r"sparse_summary is 65.*sparse_stride \(64\)"),
+        ({"sparse_summary": 0}, "sparse_summary is 0"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"gau_chunk_size": 0}, "gau_chunk_size is 0"),
+        ({"performer_features": 0}, "performer_features is 0"),
         ({"mlp_only_layers": (3,)}, "mlp_only_layers names layer 3"),
         ({"scoring_func": "sigmoind"}, "unknown scoring_func `sigmoind`: did you mean `sigmoid`"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0"),
@@ -53,6 +73,8 @@ def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) 
         (DENSE, "qwen3"),
         (MOE, "qwen3_moe"),
         (HYBRID, "longstride"),
+        (SPARSE, "longstride"),
+        (RECURRENT, "longstride"),
         (replace(DENSE, qk_norm=False), "llama"),
         (replace(DENSE, qk_norm=False, num_attention_heads=6), "longstride"),  # transformers wants hidden % heads == 0
         (replace(MOE, qk_norm=False), "mixtral"),
