@@ -60,6 +60,7 @@ JOBS: dict[str, Job] = {
         "agents.vision.diffusion:evaluate",
         extra="vision",
     ),
+    "ddpo": Job("agents.vision.ddpo:DDPOConfig", "agents.vision.ddpo:train", "agents.vision.ddpo:evaluate", "vision"),
     "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
     "detr": Job(
         "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
