@@ -4,7 +4,7 @@ import gymnasium
 
 
 def register() -> None:
-    """Make the environments known to gymnasium (also called through its plugin entry point)."""
+    """Make the environments known to gymnasium: `envs.vision:Detect-v0` imports this module and finds them."""
     for name, continuous in (("Detect-v0", False), ("DetectContinuous-v0", True)):
         if name not in gymnasium.registry:
             gymnasium.register(

@@ -117,13 +117,9 @@ class DetectVectorEnv(VectorEnv):
     ) -> None:
         if not 0 <= cost < 1 or max_looks < 1:
             raise UserError(f"Detect-v0: cost {cost} and max_looks {max_looks}: a cost from 0 to 1, at least one look")
-        self.num_envs, self.continuous, self.cost, self.max_looks, self.split = (
-            num_envs,
-            continuous,
-            cost,
-            max_looks,
-            split,
-        )
+        self.num_envs, self.continuous = num_envs, continuous
+        self.cost, self.max_looks, self.split = cost, max_looks, split
+        eye = WEIGHTS if eye is None else eye
         self.eye: Eye = DetrEye(eye, device=device) if isinstance(eye, str | Path) else eye
         size = THUMBNAIL**2 + len(WINDOWS) + MAP**2 + 1
         self.single_observation_space = gymnasium.spaces.Box(-1, 1, (size,), np.float32)

@@ -180,9 +180,6 @@ def test_gymnasium_makes_it_with_a_detector_of_ours(detector: Path) -> None:
 
 def test_agents_take_it_by_its_id(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "WEIGHTS", detector)
-    monkeypatch.setattr(
-        DetectVectorEnv.__init__, "__defaults__", (1, detector, *DetectVectorEnv.__init__.__defaults__[2:])
-    )  # type: ignore[index]
     assert control_spaces("envs.vision:Detect-v0").actions == STOP + 1
     assert make_vector_env("envs.vision:Detect-v0", 2).num_envs == 2
 
