@@ -58,6 +58,7 @@ JOBS: dict[str, Job] = {
     "detr": Job(
         "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
     ),
+    "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
 }
 
 
