@@ -42,8 +42,8 @@ class Config:
     heads: int = 16
     head_dim: int = 64
     decode_batch: int = 8
-    seconds: float = 0.2  # for each figure, after one call to warm up
-    budget_s: float = 240.0  # start no measurement after this
+    seconds: float = 0.1  # for each figure, after one call to warm up
+    budget_s: float = 150.0  # start no measurement after this
     output: Path = Path("benchmarks/results/attention_scaling.json")
     plot: Path = Path("docs/images/attention_scaling.png")
     plot_only: bool = False
