@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN_BLOCK = 256
+SCAN = {"BLOCK": 64, "num_warps": 2}  # a scan waits for memory at each chunk: many small programs hide that
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -223,8 +223,8 @@ class _Scan(torch.autograd.Function):
         batch, heads, chunks, *size = written.shape
         before, last = torch.empty_like(written), torch.empty_like(state)
         size_FC = size[0] * size[1]
-        grid = (batch * heads, triton.cdiv(size_FC, SCAN_BLOCK))
-        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        grid = (batch * heads, triton.cdiv(size_FC, SCAN["BLOCK"]))
+        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, **SCAN)
         ctx.save_for_backward(log_kept, before)
         return before, last
 
@@ -233,11 +233,11 @@ class _Scan(torch.autograd.Function):
         log_kept, before = ctx.saved_tensors
         batch, heads, chunks, *size = before.shape
         size_FC = size[0] * size[1]
-        blocks = triton.cdiv(size_FC, SCAN_BLOCK)
+        blocks = triton.cdiv(size_FC, SCAN["BLOCK"])
         d_kept = torch.empty(*log_kept.shape, blocks, device=before.device)
         d_written, d_state = torch.empty_like(before), torch.empty_like(d_last, memory_format=torch.contiguous_format)
         arguments = (log_kept, before, d_before.contiguous(), d_last.contiguous(), d_kept, d_written, d_state, chunks)
-        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, **SCAN)
         return d_kept.sum(-1), d_written, d_state
 
 
