@@ -33,11 +33,15 @@ class PolicyConfig:
 
 @dataclass
 class LoRASettings:
-    """rank 0 updates every weight; a positive rank trains low-rank adapters of the named linear layers."""
+    """rank 0 updates every weight; a positive rank trains low-rank adapters (models/language/lora_layers.py)."""
 
     rank: int = 0
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # or all-linear, experts.gate_up_proj, ...
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
+    use_dora: bool = False  # train the length of each row apart from its direction
+    init: Literal["uniform", "pissa"] = "uniform"  # pissa: from the weights' first singular vectors
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
 
 
 @dataclass
@@ -82,6 +86,7 @@ class SFTConfig:
     warmup: int = 20
     final_lr_ratio: float = 0.1  # cosine decay to this share of lr
     direct_share: float = 0.0  # share of the examples that answer at once, with nothing between the thinking marks
+    lora: LoRASettings = field(default_factory=LoRASettings)  # folded into the weights when the phase ends
 
 
 @dataclass

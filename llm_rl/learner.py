@@ -5,7 +5,7 @@ accumulates gradients over them and steps.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from models.language.balancing import (
     update_selection_bias,
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoraConfig, attach
+from models.language.lora import LoraConfig, adapter_names, attach, fold, learning_rate_ratios
+from models.language.peft_folder import save_adapter
 from models.language.router import RouterTrace
 
 
@@ -39,14 +40,24 @@ class Learner:
         self.optimizer = self._optimizer()
         self.export = export if device == "cpu" else CudaExport()
 
-    def _optimizer(self) -> MasterAdamW:
+    def _optimizer(self, lr_multipliers: Mapping[str, float] | None = None) -> MasterAdamW:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return MasterAdamW(named, (self.config.beta1, self.config.beta2), self.config.weight_decay)
+        config = self.config
+        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, lr_multipliers)
 
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
         if settings.rank:
-            attach(self.model, LoraConfig(settings.rank, settings.alpha, settings.targets), seed)
+            config = LoraConfig(
+                settings.rank, settings.alpha, settings.targets, settings.use_rslora, settings.use_dora, settings.init
+            )
+            attach(self.model, config, seed)
+            self.optimizer = self._optimizer(learning_rate_ratios(self.model, settings.b_lr_ratio))
+
+    def fold_lora(self) -> None:
+        """Make the adapters part of the weights, and train every weight from here on."""
+        if adapter_names(self.model):
+            fold(self.model)
             self.optimizer = self._optimizer()
 
     def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, RouterTrace]:
@@ -187,6 +198,10 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder (adapters merged) with the tokenizer that came with the policy."""
         save_pretrained(self.model, folder, tokenizer_files_from=self.folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapters alone, as a PEFT folder that belongs to the model that the learner began with."""
+        save_adapter(self.model, folder, base_model=str(self.folder.resolve()))
 
 
 def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iterator[list[int]]:

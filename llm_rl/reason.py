@@ -16,7 +16,7 @@ from llm_rl.length_reward import length_reward
 from llm_rl.objective import advantages
 from llm_rl.sampler import ProblemSampler
 from llm_rl.session import Attempt, Session
-from llm_rl.sft import finetune
+from llm_rl.sft import finetune, prepare
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -34,11 +34,12 @@ def train(config: ReasonConfig, run: "Run") -> None:
         if state is None:
             session.evaluate("base", 0)
         if not warmed_up:
-            if state is not None:
-                session.learn("load_state", state["learner"])
+            prepare(session, run, state)
             finetune(session, run, start=state["step"] if state else 0)
         optimise(session, config, run, state if warmed_up else None)
         session.learn("save", run.directory / "policy" / "final")
+        if config.rl.lora.rank and not config.sft.steps:  # the adapters belong to a model that the user has
+            session.learn("save_adapter", run.directory / "policy" / "adapter")
         show_result(run, config)
     finally:
         session.close()
@@ -58,7 +59,8 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         session.sync()
     else:
         if state is not None:
-            session.learn("load_state", state["learner"])
+            prepare(session, run, state)
+        session.learn("fold_lora")
         session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
         session.sync()
         if config.sft.steps:
@@ -152,7 +154,9 @@ def evaluate(config: ReasonConfig, run: "Run") -> None:
         assert state is not None  # the command line refuses a run without a checkpoint
         if state["phase"] == "rl":
             session.learn("attach_lora", config.rl.lora, derive_seed(run.seed, "lora"))
-        session.learn("load_state", state["learner"])
+            session.learn("load_state", state["learner"])
+        else:
+            prepare(session, run, state)
         session.sync()
         figures = session.evaluate("checkpoint", state["step"])
         run.table("held-out problems", ["figure", "value"], [[name, f"{v:.3f}"] for name, v in figures.items()])

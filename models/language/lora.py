@@ -14,7 +14,7 @@ from models.language.experts import Experts
 from models.language.lora_experts import LoraExperts, require_expert_settings
 from models.language.lora_layers import Adapted, LoraConfig, LoraLinear, LowRank
 
-__all__ = ["LoraConfig", "activate", "adapted_layers", "attach", "merge", "merged_weights", "parts", "unmerge"]
+__all__ = ["LoraConfig", "activate", "adapted_layers", "attach", "fold", "merge", "merged_weights", "parts", "unmerge"]
 
 ALL_LINEAR = "all-linear"
 EXPERT_TARGETS = ("experts.gate_up_proj", "experts.down_proj")
@@ -97,6 +97,13 @@ def unmerge(model: Decoder) -> None:
     """Undo `merge`, up to rounding in the weights' dtype."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
+
+
+def fold(model: Decoder) -> None:
+    """Merge the active adapter for good: the model has no adapters any more, and every weight trains again."""
+    for layer in adapted_layers(model).values():
+        layer.fold()
+    model.requires_grad_(True)
 
 
 def learning_rate_ratios(model: Decoder, ratio: float) -> dict[str, float]:

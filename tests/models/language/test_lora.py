@@ -13,7 +13,7 @@ from models.errors import UserError
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
-from models.language.lora import LoraConfig, activate, attach, learning_rate_ratios, merge, parts, unmerge
+from models.language.lora import LoraConfig, activate, attach, fold, learning_rate_ratios, merge, parts, unmerge
 from models.language.lora_layers import adapted_row_norms, row_norms
 from models.language.packing import Packing
 from models.language.peft_folder import adapter_tensors, load_adapter, save_adapter
@@ -165,6 +165,20 @@ def test_merging_changes_nothing_but_speed(kind: tuple[LanguageConfig, LoraConfi
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, stored[name], atol=1e-6, rtol=0)
+
+
+def test_folding_leaves_a_plain_model(kind: tuple[LanguageConfig, LoraConfig]) -> None:
+    model = trained(*kind)
+    expected = logits(model)
+    merged = {name: tensor.clone() for name, tensor in to_checkpoint(model)}
+    fold(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in Decoder(kind[0]).named_parameters()
+    }
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in to_checkpoint(model))
+    attach(model, kind[1], seed=3)  # it can have adapters again, of the same name
 
 
 def test_only_adapters_train_and_start_without_effect(kind: tuple[LanguageConfig, LoraConfig]) -> None:
