@@ -26,7 +26,7 @@ from models.language.checkpoint import save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from models.language.router import RouterTrace
 from tests.llm_rl.scoring import moved, worst_difference
-from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, MOE, RECURRENT, SPARSE
+from tests.models.language.policies import DEEPSEEK, DENSE, GLM, HYBRID, MOE, RECURRENT, SPARSE
 
 KINDS = {
     "dense": replace(DENSE, head_dim=32),
@@ -44,6 +44,7 @@ KINDS = {
         scoring_func="sigmoid",
         routed_scaling_factor=0.7,
         router_selection_bias=True,
+        initializer_range=0.15,
     ),
     "sparse": replace(SPARSE, head_dim=32),
     "recurrent": replace(RECURRENT, head_dim=32),
@@ -59,6 +60,7 @@ KINDS = {
     ),
     "mixtral": replace(MOE, head_dim=32, qk_norm=False, initializer_range=0.12),
     "dots1": replace(DEEPSEEK, head_dim=32),
+    "glm4_moe": replace(GLM, head_dim=32),
     "post-norm, muP, log n": replace(
         DENSE,
         head_dim=32,
