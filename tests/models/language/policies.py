@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.language.config import LanguageConfig
+from models.language.config import LanguageConfig, RopeConfig
 
 SHAPE = {
     "vocab_size": 97,
@@ -66,6 +66,7 @@ RECURRENT = replace(
     gau_chunk_size=16,
     initializer_range=0.12,  # six layers at 0.2 make float32 rounding alone reach 2e-5
 )
+GLM = replace(DEEPSEEK, attention_bias=True, o_proj_bias=False, rope=RopeConfig(partial_rotary_factor=0.5))
 POLICIES = {
     "dense": DENSE,
     "moe": MOE,
