@@ -42,6 +42,7 @@ class RolloutWorker:
                 kv_cache_gib=config.kv_cache_gib,
                 enforce_eager=config.enforce_eager,
                 seed=seed,
+                record_experts=record_experts,
             )
         else:
             from llm_rl.torch_generator import TorchGenerator

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.vision.diffusion_learner import AutoencoderLearner, DenoiserLearner, LearningConfig, NetworkConfig
+from agents.vision.pictures import as_bytes
 from agents.vision.prefetch import in_order
 from envs.vision.captioned import CaptionedConfig, CaptionedLoader
 from models.diffusion.folder import save_folder
@@ -189,11 +190,6 @@ def evaluation(
     run.images(step, "samples", as_bytes(pictures))
     run.record(step, "captions", [{"picture": i, "caption": c} for i, c in enumerate(drawn)])
     return figures
-
-
-def as_bytes(images_BCHW: Tensor) -> np.ndarray:
-    """[0, 1] to (B, H, W, C) uint8."""
-    return (images_BCHW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 class Clock:

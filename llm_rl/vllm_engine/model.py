@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 
-from llm_rl.vllm_engine.config import LongstrideConfig
+from llm_rl.vllm_engine.config import language_config
 from llm_rl.vllm_engine.recurrent_layer import RecurrentLayer, state_shape
 from llm_rl.vllm_engine.sparse_layer import SparseAttention
 from models.errors import UserError
@@ -203,8 +203,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
         self.config = vllm_config.model_config.hf_config
-        own = isinstance(self.config, LongstrideConfig)
-        language = self.config.language if own else LanguageConfig.from_hf(self.config.to_dict())
+        language = language_config(self.config)
         self.num_experts = language.num_experts
         self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
         if language.tie_word_embeddings:
@@ -215,8 +214,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        config = vllm_config.model_config.hf_config
-        return state_shape(config.language)
+        return state_shape(language_config(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
