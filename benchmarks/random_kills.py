@@ -46,12 +46,11 @@ class Config:
 class Victim:
     """A run in a process of its own that is resumed whenever it was killed."""
 
-    def __init__(self, name: str, runs_dir: Path, config: Config) -> None:
+    def __init__(self, name: str, runs_dir: Path, job: str, flags: list[str]) -> None:
         self.directory = runs_dir / name
         self.log = (runs_dir / f"{name}.console").open("ab")
         common = ["--runs-dir", str(runs_dir)]
-        flags = [*SMALL, "--name", name, "--engine", config.engine, *common]
-        self.first = [sys.executable, "-m", "launch", "train", "reason", *flags]
+        self.first = [sys.executable, "-m", "launch", "train", job, *flags, "--name", name, *common]
         self.again = [sys.executable, "-m", "launch", "resume", name, *common]
         self.process = self._start(self.first)
 
@@ -88,8 +87,9 @@ class Victim:
 def main(config: Config) -> None:
     rng = random.Random(config.seed)
     runs_dir = Path(tempfile.mkdtemp(prefix="kills-"))
+    flags = [*SMALL, "--engine", config.engine]
     start = time.monotonic()
-    reference = Victim("reference", runs_dir, config)
+    reference = Victim("reference", runs_dir, "reason", flags)
     if reference.process.wait():
         raise SystemExit(f"the undisturbed run failed: see {runs_dir}/reference.console")
     undisturbed_s = time.monotonic() - start
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
     rounds, problems = 0, []
     while sum(killed.values()) < config.kills:
         rounds += 1
-        victim = Victim(f"victim-{rounds}", runs_dir, config)
+        victim = Victim(f"victim-{rounds}", runs_dir, "reason", flags)
         while True:
             budget = config.kills - sum(killed.values())
             wait = rng.uniform(1.0, config.longest_wait_s) if budget else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def train(config: ReasonConfig, run: "Run") -> None:
     """The `reason` job. Writes policy/final, a Hugging Face folder, and heldout/... figures to summary.json."""
-    validate(config)
+    validate(config, run.device)
     session = open_session(config, run)
     try:
         for settings in (config.sft.lora, config.rl.lora):
@@ -194,7 +194,7 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     ]
 
 
-def validate(config: ReasonConfig) -> None:
+def validate(config: ReasonConfig, device: str) -> None:
     """Refuse what cannot train, before anything is started."""
     rl = config.rl
     if rl.samples < 2 and rl.objective != "rest":
@@ -204,9 +204,9 @@ def validate(config: ReasonConfig) -> None:
             f"--rl.minibatches {rl.minibatches} exceeds --rl.problems-per-iteration {rl.problems_per_iteration}: "
             "the samples of a problem stay in one minibatch"
         )
-    if rl.router_replay and config.engine == "vllm":
+    if rl.router_replay and config.engine == "vllm" and device == "cpu":
         raise UserError(
-            "--rl.router-replay: the vLLM engine here does not report which experts it used; choose --engine torch"
+            "--rl.router-replay: vLLM's CPU kernels do not tell which experts they used; use --engine torch"
         )
     if rl.lora.serve == "adapter":
         if not rl.lora.rank:

@@ -45,6 +45,7 @@ class RolloutWorker:
                 enforce_eager=config.enforce_eager,
                 adapter_rank=adapter_rank,
                 seed=seed,
+                record_experts=record_experts,
             )
         else:
             from llm_rl.torch_generator import TorchGenerator

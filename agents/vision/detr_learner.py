@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from envs.vision.example import Batch
+from envs.vision.example import Batch, DeviceBatch
 from models.detr.checkpoint import load_detr
 from models.detr.config import DetrConfig, LayerType, ResNetConfig
 from models.detr.detr import Detr, DetrOutput
@@ -96,14 +96,18 @@ class DetrLearner:
         device: str,
     ) -> None:
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
-        self.net = (_started_from(start, names) if start else _random(network, names, seed)).to(device)
-        for parameter in self.net.backbone.parameters():
-            if parameter.dim() == 4:  # convolutions are faster on it, and images arrive so
+        self.net = self.build(start, network, names).to(device)
+        for parameter in self.net.parameters():
+            if parameter.dim() == 4:  # images arrive with their channels last, and convolutions are faster so
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self._averaging = _floats(self.averaged), _floats(self.net)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
         self.forward: Any = torch.compile(self.net) if optimizer.compile else self.net
         self.step = 0
+
+    def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
+        return _started_from(start, names) if start else _random(network, names, self.seed)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The backbone at its own rate; no decay of vectors (norms, biases)."""
@@ -124,11 +128,8 @@ class DetrLearner:
         torch.manual_seed(derive_seed(self.seed, "dropout", self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self._schedule()
-        there = batch.to_device(self.device)
         self.net.train()
-        with self._autocast():
-            output: DetrOutput = self.forward(there.images_BCHW, there.valid_BHW)
-        total, parts = set_loss(output, there.targets, self.loss)
+        total, parts = self.losses(batch.to_device(self.device))
         self.optimizer.zero_grad()
         total.backward()
         norm = clip_grad_norm_(self.net.parameters(), self.settings.max_grad_norm)
@@ -136,6 +137,11 @@ class DetrLearner:
         self._average()
         self.step += 1
         return self._metrics(total, parts, norm) if want_metrics else {}
+
+    def losses(self, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast():
+            output: DetrOutput = self.forward(batch.images_BCHW, batch.valid_BHW)
+        return set_loss(output, batch.targets, self.loss)
 
     def _schedule(self) -> float:
         warmed = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
@@ -150,8 +156,7 @@ class DetrLearner:
     def _average(self) -> None:
         """Shorter memory at first, or the random weights would be remembered for long."""
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        ours, theirs = _floats(self.averaged), _floats(self.net)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        torch._foreach_lerp_(*self._averaging, 1 - decay)
 
     def _metrics(self, total: Tensor, parts: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
         if not math.isfinite(total.item()):
@@ -180,9 +185,7 @@ class DetrLearner:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
-                if (
-                    value.shape == parameter.shape
-                ):  # laid out in memory as the parameter is, or fused AdamW mixes them up
+                if value.shape == parameter.shape:  # to lie in memory as the parameter does: fused AdamW needs it
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.step = state["step"]
 

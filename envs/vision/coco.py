@@ -174,13 +174,13 @@ class CocoFolder:
         if record.segments is not None:
             colours = _open_image(record.segments).astype(np.uint32)
             numbers = colours @ np.array([1, 256, 65536], np.uint32)
-            ids = np.zeros(numbers.shape, np.uint16)
+            ids = np.zeros(numbers.shape, np.int16)
             for i, segment in enumerate(record.shapes):
                 ids[numbers == segment] = i + 1
             return ids
         if any(shape is None for shape in record.shapes):
             return None
-        ids = np.zeros((record.height, record.width), np.uint16)
+        ids = np.zeros((record.height, record.width), np.int16)
         masks = [_decode(shape, record.height, record.width) for shape in record.shapes]
         for i in sorted(
             range(len(masks)), key=lambda i: -int(masks[i].sum())

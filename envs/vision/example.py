@@ -14,6 +14,9 @@ from torch import Tensor
 from models.detr.detr import normalise_images
 from models.detr.targets import Targets
 
+_TORCH = {np.uint8: torch.uint8, np.int16: torch.int16, np.int64: torch.int64, np.float32: torch.float32,
+          np.bool_: torch.bool}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Example:
@@ -22,7 +25,7 @@ class Example:
     image: np.ndarray  # (H, W, 3) uint8
     labels: np.ndarray  # (n,) int64
     boxes: np.ndarray  # (n, 4) float32
-    ids: np.ndarray | None = None  # (H, W) uint16
+    ids: np.ndarray | None = None  # (H, W) int16
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,23 @@ class Batch:
     labels_BT: np.ndarray  # int64
     boxes_BT4: np.ndarray  # float32, cxcywh relative to the image
     valid_BT: np.ndarray  # bool
-    ids_BHW: np.ndarray | None  # uint16
+    ids_BHW: np.ndarray | None  # int16
 
     def to_device(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "DeviceBatch":
+        pinned = torch.device(device).type == "cuda"
+
         def move(array: np.ndarray) -> Tensor:
-            if not array.flags.writeable:  # shared memory of an actor's answer
-                array = array.copy()
-            tensor = torch.from_numpy(array)
-            if torch.device(device).type == "cuda":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor
+            """Copied in any case: an actor's answer is shared memory that may not be written to."""
+            staged = torch.empty(array.shape, dtype=_TORCH[array.dtype.type], pin_memory=pinned)
+            staged.numpy()[...] = array
+            return staged.to(device, non_blocking=True)
 
         images = normalise_images(move(self.images_BHWC), dtype)
         labels, boxes, valid = move(self.labels_BT), move(self.boxes_BT4), move(self.valid_BT)
         masks = None
         if self.ids_BHW is not None:
             numbers_T = torch.arange(1, labels.shape[1] + 1, device=device)
-            masks = move(self.ids_BHW.astype(np.int16))[:, None] == numbers_T[:, None, None]
+            masks = move(self.ids_BHW)[:, None] == numbers_T[:, None, None]
         height, width = self.images_BHWC.shape[1:3]
         pixels = None
         if (self.sizes_B2 != (height, width)).any():
@@ -83,7 +86,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         "labels_BT": np.zeros((count, objects), np.int64),
         "boxes_BT4": np.zeros((count, objects, 4), np.float32),
         "valid_BT": np.zeros((count, objects), bool),
-        "ids_BHW": np.zeros((count, height, width), np.uint16) if with_masks else None,
+        "ids_BHW": np.zeros((count, height, width), np.int16) if with_masks else None,
     }
     for i, example in enumerate(examples):
         h, w = example.image.shape[:2]

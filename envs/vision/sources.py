@@ -58,7 +58,7 @@ class SceneSource:
         height, width = scene.ids.shape
         labels = np.append(scene.labels, scene.spec.background_label)
         boxes = np.concatenate([scene.boxes, np.array([[0, 0, width, height]], np.float32)])
-        ids = np.where(scene.ids == 0, np.uint16(len(labels)), scene.ids).astype(np.uint16)
+        ids = np.where(scene.ids == 0, np.int16(len(labels)), scene.ids)
         return Example(scene.image, labels, boxes, ids)
 
     def truth(self, indices: Sequence[int]) -> dict[str, Any]:

@@ -33,6 +33,13 @@ class LongstrideConfig(PretrainedConfig):
         return LanguageConfig.from_hf(fields | {"layer_types": fields["mixer_kinds"]})
 
 
+def language_config(hf_config: PretrainedConfig) -> LanguageConfig:
+    """Our configuration, from what transformers made of a folder's config.json: ours, or a family's that we serve."""
+    if isinstance(hf_config, LongstrideConfig):
+        return hf_config.language
+    return LanguageConfig.from_hf(hf_config.to_dict())
+
+
 def _standard_kind(kind: str) -> str:
     if kind in MIXERS and issubclass(MIXERS[kind], RecurrentMixer):
         return "linear_attention"

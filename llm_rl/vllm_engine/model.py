@@ -28,12 +28,15 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 
+from llm_rl.vllm_engine.config import language_config
 from llm_rl.vllm_engine.recurrent_layer import RecurrentLayer, state_shape
 from llm_rl.vllm_engine.sparse_layer import SparseAttention
 from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.mixers import MIXERS
-from models.language.norm import RMSNorm
+from models.language.norm import Residual, RMSNorm, final_norm, layer_norm
+from models.language.parametrisation import head_multiplier
+from models.language.query_scale import QueryScale
 from models.language.recurrent import RecurrentMixer
 
 
@@ -51,6 +54,7 @@ class SoftmaxAttentionLayer(nn.Module):
         self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.query_scale = QueryScale(config, reads_all=kind == "full_attention")
         self.rotary = get_rope(
             size, max_position=config.max_position_embeddings, rope_parameters=config.to_hf()["rope_parameters"]
         )
@@ -74,6 +78,7 @@ class SoftmaxAttentionLayer(nn.Module):
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary(positions, q, k)
+        q = self.query_scale(q.unflatten(-1, (-1, self.head_dim)), positions).flatten(-2)
         y_TD, _ = self.o_proj(self.attn(q, k, v))
         return y_TD
 
@@ -145,22 +150,26 @@ class Layer(nn.Module):
         mixer = (
             RecurrentLayer if issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer) else SoftmaxAttentionLayer
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = layer_norm(config)
+        self.attention_residual = Residual(config)
         self.self_attn = mixer(config, layer, vllm_config, f"{prefix}.self_attn")
         self.has_mlp = config.has_mlp(layer)
         if not self.has_mlp:
             return
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = layer_norm(config)
+        self.mlp_residual = Residual(config)
         if config.is_moe(layer):
             self.mlp: nn.Module = MixtureOfExperts(config, f"{prefix}.mlp")
         else:
             self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD + self.self_attn(positions, self.input_layernorm(x_TD))
+        y_TD = self.self_attn(positions, self.attention_residual.read(x_TD, self.input_layernorm))
+        x_TD = self.attention_residual.add(x_TD, y_TD, self.input_layernorm)
         if not self.has_mlp:
             return x_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        y_TD = self.mlp(self.mlp_residual.read(x_TD, self.post_attention_layernorm))
+        return self.mlp_residual.add(x_TD, y_TD, self.post_attention_layernorm)
 
 
 class Body(nn.Module):
@@ -172,12 +181,13 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(
             [Layer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = final_norm(config)
+        self.head_multiplier = head_multiplier(config)
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         for layer in self.layers:
             x_TD = layer(positions, x_TD)
-        return self.norm(x_TD)
+        return self.norm(x_TD) * self.head_multiplier
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -193,7 +203,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
         self.config = vllm_config.model_config.hf_config
-        language = LanguageConfig.from_hf(self.config.to_dict())
+        language = language_config(self.config)
         self.num_experts = language.num_experts
         self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
         if language.tie_word_embeddings:
@@ -204,8 +214,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        config = vllm_config.model_config.hf_config
-        return state_shape(config.language)
+        return state_shape(language_config(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:

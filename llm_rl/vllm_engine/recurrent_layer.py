@@ -98,7 +98,7 @@ class RecurrentLayer(nn.Module, MambaBase):
         return state.unflatten(1, shape)
 
     def _end(self, slots: Tensor, state: Tensor) -> None:
-        self.kv_cache[0][:, : math.prod(self.mixer.state_shape)].index_copy_(0, slots, state.flatten(1))
+        self.kv_cache[0][slots, : math.prod(self.mixer.state_shape)] = state.flatten(1)
 
 
 def state_shape(config: LanguageConfig) -> tuple[tuple[int, ...], ...]:

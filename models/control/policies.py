@@ -48,7 +48,9 @@ class GaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (observation_size, *hidden, action_size)
-        self.log_std = nn.Parameter(torch.full((action_size,), log_std))  # first: NumpyGaussian counts on the order
+        self.log_std = nn.Parameter(
+            torch.full((action_size,), float(log_std))
+        )  # first: NumpyGaussian counts on the order
         self.net = mlp(sizes, activation, last_gain=0.01)
         self.numpy_policy: Callable[[np.ndarray], NumpyGaussian] = partial(NumpyGaussian, sizes, activation)
 

@@ -21,7 +21,7 @@ from models.language.lora_layers import LoraConfig, LoraLinear, LowRank
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_ADAPTER = "default"
+_NAME = "default"
 _PREFIX = "unet."
 _METADATA = "lora_adapter_metadata"
 _OLD_SUFFIXES = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
@@ -33,8 +33,8 @@ def attach_lora(unet: UNet, config: LoraConfig, seed: int) -> None:
     A is drawn as a Linear's weight is and B is 0: the UNet starts unchanged. Raises UserError for an unknown target.
     """
     config.validate()
-    if config.use_dora or config.use_rslora or config.init != "uniform":
-        raise UserError("lora: the UNet takes plain LoRA; leave use_dora, use_rslora and init at their defaults")
+    if config.use_rslora or config.use_dora or config.init != "uniform":
+        raise UserError("lora: the UNet takes plain LoRA alone; leave use_rslora, use_dora and init as they are")
     linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
     for target in config.targets:
         if not any(_is_target(name, target) for name in linears):
@@ -47,8 +47,12 @@ def attach_lora(unet: UNet, config: LoraConfig, seed: int) -> None:
 
 
 def adapters(unet: UNet) -> dict[str, LowRank]:
-    """What is trained beside each adapted Linear, by the Linear's name."""
-    return {name: layer.parts(_ADAPTER)["weight"] for name, layer in _adapted(unet).items()}
+    """The adapters by the names of their Linears."""
+    return {name: layer.parts(_NAME)["weight"] for name, layer in _layers(unet).items()}
+
+
+def _layers(unet: UNet) -> dict[str, LoraLinear]:
+    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
 
 
 def save_lora(unet: UNet, folder: Path) -> None:
@@ -106,7 +110,7 @@ def load_lora(unet: UNet, folder: Path) -> None:
                 f"{file}: the adapter of {layer} has shapes {list(pair['A'].shape)} and {list(pair['B'].shape)}, but "
                 f"the layer is {list(linear.weight.shape)}; was the adapter trained on another model?"
             )
-        config = LoraConfig(r, settings.get("lora_alpha", r))
+        config = LoraConfig(r=r, alpha=settings.get("lora_alpha", r), targets=(layer,))
         adapted = _adapt(unet, layer, linear, config, torch.Generator())
         with torch.no_grad():
             adapted.lora_A.copy_(pair["A"])
@@ -116,25 +120,21 @@ def load_lora(unet: UNet, folder: Path) -> None:
 @torch.no_grad()
 def merge_lora(unet: UNet) -> None:
     """Add each adapter to its weight, and leave plain Linears behind."""
-    for name, layer in _adapted(unet).items():
+    for name, layer in _layers(unet).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(layer.merged_weight("weight"), requires_grad=False)
         plain.bias = layer.bias
         _replace(unet, name, plain)
 
 
-def _adapted(unet: UNet) -> dict[str, LoraLinear]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
-
-
 def _adapt(unet: UNet, name: str, linear: nn.Linear, config: LoraConfig, generator: torch.Generator) -> LowRank:
     if isinstance(linear, LoraLinear):
         raise ValueError("the UNet already has adapters")
     layer = LoraLinear(linear)
-    layer.add(_ADAPTER, "weight", config, generator)
-    layer.active = _ADAPTER
+    layer.add(_NAME, "weight", config, generator)
+    layer.active = _NAME
     _replace(unet, name, layer)
-    return layer.parts(_ADAPTER)["weight"]
+    return layer.parts(_NAME)["weight"]
 
 
 def _replace(unet: UNet, name: str, module: nn.Module) -> None:

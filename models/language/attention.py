@@ -17,6 +17,7 @@ from models.language.config import LanguageConfig
 from models.language.interval_attention import interval_attention
 from models.language.norm import RMSNorm
 from models.language.packing import Packing
+from models.language.query_scale import QueryScale
 from models.language.rope import rotate
 from models.language.sparse_patterns import Fixed, Pattern, Sliding, Strided
 
@@ -42,6 +43,7 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.query_scale = QueryScale(config, reads_all=type(self) is SoftmaxAttention)
 
     def empty_cache(self, batch: int, max_len: int) -> KeyValueCache:
         weight = self.q_proj.weight
@@ -53,6 +55,7 @@ class SoftmaxAttention(nn.Module):
         q_THC = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
         k_TKC = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
         v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THC = self.query_scale(q_THC, packing.positions_T)
         if cache is not None:
             o_THC = cached_attention(q_THC, k_TKC, v_TKC, packing, cache, self.pattern)
         else:

@@ -16,6 +16,12 @@ MIXER_KINDS = (
 )  # fmt: skip
 BIDIRECTIONAL_KINDS = ("linformer_attention", "nystromformer_attention")  # modules, but not for a causal policy
 
+NORM_TYPES = ("rms_norm", "layer_norm")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "deepnorm", "none")
+ATTENTION_SCALINGS = ("sqrt", "inverse", "none")
+INITIALIZERS = ("truncated_normal", "xavier", "he", "lecun", "orthogonal", "t5", "deepnorm", "fixup")
+PARAMETRIZATIONS = ("standard", "ntk", "mup")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -70,7 +76,17 @@ class LanguageConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    norm_type: str = "rms_norm"  # of NORM_TYPES; head norms (qk_norm) are RMSNorm always
+    norm_placement: str = "pre"  # of NORM_PLACEMENTS
+    attention_scaling: str = (
+        "sqrt"  # softmax attention divides q · k by: "sqrt" √head_dim, "inverse" head_dim, "none" 1
+    )
+    log_n_from: int = 0  # full_attention multiplies logits by max(1, log n / log this) at n tokens; 0: never
+
+    initializer: str = "truncated_normal"  # of INITIALIZERS
+    initializer_range: float = 0.02  # σ of "truncated_normal"
+    parametrization: str = "standard"  # of PARAMETRIZATIONS: what follows the width, and how
+    base_hidden_size: int = 128  # the width at which "mup" and "ntk" are "standard"
 
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -93,6 +109,8 @@ class LanguageConfig:
         """The plainest Hugging Face model type that holds this model; "longstride" where only ours does."""
         if any(self.mixer_kind(i) != "full_attention" for i in range(self.num_hidden_layers)):
             return "longstride"
+        if any(getattr(self, name) != value for name, value in _PLAIN_SIGNAL.items()):
+            return "longstride"
         return family_of(self)
 
     def validate(self) -> "LanguageConfig":
@@ -111,6 +129,7 @@ class LanguageConfig:
             raise UserError(f"model config: head_dim is {self.head_dim}; rotary embedding needs an even number")
         self._validate_layers()
         self._validate_experts()
+        self._validate_signal()
         if self.rope.rope_type not in ("default", "llama3"):
             raise UserError(
                 f"model config: rope_type {self.rope.rope_type!r} is not supported; use a checkpoint with 'default' "
@@ -203,6 +222,20 @@ class LanguageConfig:
                 "counts by its two best; lower n_group"
             )
 
+    def _validate_signal(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        if self.log_n_from < 0 or self.log_n_from == 1:
+            raise UserError(
+                f"model config: log_n_from is {self.log_n_from}; give a context length of at least 2, or 0 for none"
+            )
+        if self.initializer == "fixup" and self.norm_placement != "none":
+            raise UserError(
+                f"model config: initializer 'fixup' is for layers without norms, but norm_placement is "
+                f"{self.norm_placement!r}; set it to 'none', or choose another initializer"
+            )
+
     def _token_ids(self) -> list[tuple[str, int]]:
         single = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
         return [(n, t) for n, t in single if t is not None] + [("eos_token_id", t) for t in self.eos_token_id]
@@ -234,7 +267,8 @@ class LanguageConfig:
                 raise UserError(f"{source}: {field_.name} is {value!r}; it must be a number")
             if kinds[0] is str and not isinstance(value, str):
                 raise UserError(f"{source}: {field_.name} is {value!r}; it must be a string")
-            values[field_.name] = value
+            if model_type == "longstride" or field_.name not in _SIGNAL_FIELDS:
+                values[field_.name] = value
         heads = config["num_attention_heads"]
         if config.get("head_dim") is None:  # older Llama folders leave it out
             values["head_dim"] = 128 if str(model_type).startswith("qwen3") else config["hidden_size"] // max(heads, 1)
@@ -271,7 +305,7 @@ class LanguageConfig:
         values["mlp_only_layers"] = list(self.mlp_only_layers)
         family = FAMILIES[self.model_type]
         if self.model_type != "longstride":
-            values = {name: value for name, value in values.items() if name not in _MIXER_FIELDS}
+            values = {name: value for name, value in values.items() if name not in _MIXER_FIELDS | _SIGNAL_FIELDS}
         values = family.write(values)
         unwritten = family.unwritten | family.fixed.keys()
         return {
@@ -282,13 +316,25 @@ class LanguageConfig:
         }
 
 
+_CHOICES = {
+    "norm_type": NORM_TYPES, "norm_placement": NORM_PLACEMENTS, "attention_scaling": ATTENTION_SCALINGS,
+    "initializer": INITIALIZERS, "parametrization": PARAMETRIZATIONS,
+}  # fmt: skip
 _POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "moe_intermediate_size", "decoder_sparse_step", "n_group", "topk_group",
-    "max_position_embeddings", "sliding_window", "sparse_stride", "performer_features", "gau_chunk_size",
+    "max_position_embeddings", "base_hidden_size", "sliding_window", "sparse_stride", "performer_features",
+    "gau_chunk_size",
 )  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _MIXER_FIELDS = {"sliding_window", "sparse_stride", "sparse_summary", "performer_features", "gau_chunk_size"}
+
+# What the families of transformers do; the initializer leaves no trace in a model.
+_PLAIN_SIGNAL = {
+    "norm_type": "rms_norm", "norm_placement": "pre", "attention_scaling": "sqrt", "log_n_from": 0,
+    "parametrization": "standard",
+}  # fmt: skip
+_SIGNAL_FIELDS = {*_PLAIN_SIGNAL, "initializer", "base_hidden_size"}
 
 
 def _rope_from_hf(config: Mapping[str, Any], source: str) -> RopeConfig:

@@ -35,7 +35,7 @@ def parallel(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every pair of tokens at once."""
-    return _in_torch(q, k, v, log_g, beta, state, q.shape[1])
+    return chunked_in_torch(q, k, v, log_g, beta, state, q.shape[1])
 
 
 def chunked(
@@ -52,7 +52,7 @@ def chunked(
         q, k = q.to(v.dtype), k.to(v.dtype)
         o, last = kernel(q, k, v, log_g, beta, scale=1.0, initial_state=state, output_final_state=True)
         return o, last
-    return _in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
+    return chunked_in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
 
 
 @functools.cache
@@ -64,9 +64,10 @@ def _fla_kernel() -> Callable[..., Any] | None:
     return cast(Callable[..., Any], chunk_gated_delta_rule)
 
 
-def _in_torch(
+def chunked_in_torch(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
+    """The chunked form without a kernel: all chunks' triangular systems at once, then a scan over the chunks."""
     length, width = q.shape[1], v.shape[-1]
     q, k, v = (split(x.float(), chunk) for x in (q, k, v))  # [B, H, N, chunk, ·]
     beta = split(beta.float()[..., None], chunk)

@@ -2,8 +2,8 @@
 
     o_i = Σ_{j≤i} φ(q_i)ᵀφ(k_j) v_j / Σ_{j≤i} φ(q_i)ᵀφ(k_j)
 
-The denominator is q_i' z_i with z_i = Σ_{j≤i} φ(k_j) and q' = φ(q), so dividing each query by it leaves a linear
-attention without decay. Three kinds:
+The denominator is φ(q_i)ᵀz_i with z_i = Σ_{j≤i} φ(k_j): dividing each query's features by it leaves a linear attention
+without decay. Three kinds:
 
     elu_attention         φ(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)
     performer_attention   positive orthogonal random features of the softmax kernel (Choromanski et al. 2020, arXiv

@@ -91,8 +91,11 @@ class LowRank(nn.Module):
         a, b = self.factors()
         return (b.float() @ a.float()) * self.scaling
 
-    def linear(self, x_TM: Tensor, weight_NM: Tensor) -> Tensor:
-        """The adapted product with x, [T, N]."""
+    def linear(self, x: Tensor, weight_NM: Tensor) -> Tensor:
+        """The adapted product with x, [..., M] → [..., N]."""
+        return self._linear(x.flatten(0, -2), weight_NM).unflatten(0, x.shape[:-1])
+
+    def _linear(self, x_TM: Tensor, weight_NM: Tensor) -> Tensor:
         a_RM, b_NR = self.factors()
         h_TR = F.linear(x_TM, a_RM) * self.scaling
         y_TN = F.linear(x_TM, weight_NM).addmm_(h_TR, b_NR.mT)
@@ -222,9 +225,9 @@ class LoraLinear(Adapted, nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.prepare()
 
-    def forward(self, x_TM: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         adapter = self.acting("weight")
         if adapter is None:
-            return F.linear(x_TM, self.weight, self.bias)
-        y_TN = adapter.linear(x_TM.flatten(0, -2), self.weight).unflatten(0, x_TM.shape[:-1])
-        return y_TN if self.bias is None else y_TN + self.bias
+            return F.linear(x, self.weight, self.bias)
+        y = adapter.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias

@@ -19,13 +19,21 @@ class DDIM(GaussianScheduler):
         self.eta = eta
 
     def mean_and_std(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor) -> tuple[Tensor, float]:
-        time = self.timesteps[i]
-        alpha_bar = self._alpha_bar[int(time)]
-        alpha_bar_next = self._alpha_bar_at(time - self.config.num_train_timesteps // self.steps)
+        alpha_bar, alpha_bar_next = self._ends(i)
         x0_BCHW, noise_BCHW = self._x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
         if self.config.clip_sample:
             x0_BCHW = x0_BCHW.clamp(-1, 1)
-        variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-        std = self.eta * max(variance, 0.0) ** 0.5  # the last step may stay at ᾱ_0: then -1e-17 is zero
+        std = self.std(i)
         direction = (1 - alpha_bar_next - std**2) ** 0.5
         return alpha_bar_next**0.5 * x0_BCHW + direction * noise_BCHW, std
+
+    def std(self, i: int) -> float:
+        alpha_bar, alpha_bar_next = self._ends(i)
+        variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+        return self.eta * max(variance, 0.0) ** 0.5  # a step from ᾱ_0 to ᾱ_0 may come out as -1e-17
+
+    def _ends(self, i: int) -> tuple[float, float]:
+        """ᾱ where step i begins and where it leads to."""
+        time = self.timesteps[i]
+        after = time - self.config.num_train_timesteps // self.steps
+        return self._alpha_bar[int(time)], self._alpha_bar_at(after)

@@ -80,7 +80,11 @@ class GaussianScheduler(Scheduler):
     """A scheduler whose step is a sample of a normal distribution, p(x_{t-1} | x_t): a policy, to RL."""
 
     def mean_and_std(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor) -> tuple[Tensor, float]:
-        """Mean (B, C, H, W) and standard deviation of step i; 0 if the step is deterministic."""
+        """Mean (B, C, H, W) and standard deviation of step i."""
+        raise NotImplementedError
+
+    def std(self, i: int) -> float:
+        """The standard deviation of step i alone; 0 if the step is deterministic."""
         raise NotImplementedError
 
     def step(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:

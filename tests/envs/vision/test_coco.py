@@ -170,9 +170,9 @@ def test_bad_files(folder: Path) -> None:
 def test_collate_pads_and_keeps_boxes() -> None:
     rng = np.random.default_rng(0)
     small = Example(rng.integers(1, 255, (20, 30, 3), np.uint8), np.array([2, 1]),
-                    np.array([[3, 4, 9, 10], [0, 0, 30, 20]], np.float32), np.full((20, 30), 2, np.uint16))  # fmt: skip
+                    np.array([[3, 4, 9, 10], [0, 0, 30, 20]], np.float32), np.full((20, 30), 2, np.int16))  # fmt: skip
     large = Example(rng.integers(1, 255, (40, 24, 3), np.uint8), np.array([5]),
-                    np.array([[0, 10, 12, 40]], np.float32), np.ones((40, 24), np.uint16))  # fmt: skip
+                    np.array([[0, 10, 12, 40]], np.float32), np.ones((40, 24), np.int16))  # fmt: skip
     device = collate([small, large]).to_device("cpu")
     assert device.images_BCHW.shape == (2, 3, 40, 30)
     assert device.valid_BHW is not None

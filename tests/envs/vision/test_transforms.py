@@ -22,7 +22,7 @@ def boxes_of(example: Example) -> np.ndarray:
 @pytest.mark.parametrize("side", [64, 200])
 def test_boxes_and_masks_follow_the_image(side: int) -> None:
     wide = Example(EXAMPLE.image[:96], EXAMPLE.labels[-1:], np.array([[0, 0, 128, 96]], np.float32),
-                   np.ones((96, 128), np.uint16))  # fmt: skip
+                   np.ones((96, 128), np.int16))  # fmt: skip
     small = resized(wide, ResizeConfig((side,), 1000), None)
     assert small.image.shape == (side, round(side * 128 / 96), 3)
     assert small.boxes.tolist() == [[0, 0, small.image.shape[1], side]]

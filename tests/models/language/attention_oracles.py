@@ -5,6 +5,7 @@ sides, and the largest difference of outputs and of gradients with respect to al
 """
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,22 @@ def delta_oracle(name: str) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
         from transformers.models.qwen3_next import modeling_qwen3_next
 
-        return getattr(modeling_qwen3_next, name)(q * SIZE**0.5, k, v, g=log_g, beta=beta)[0]
+        plain = inspect.unwrap(getattr(modeling_qwen3_next, name))  # not a GPU kernel that the wrapper may have found
+        return plain(q * SIZE**0.5, k, v, g=log_g, beta=beta)[0]
 
     return run
+
+
+def fla_decay(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor) -> Tensor:
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
+    return naive_recurrent_simple_gla(q, k, v, log_g, scale=1.0)[0]
+
+
+def fla_delta(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    return naive_recurrent_gated_delta_rule(q, k, v, beta, log_g, scale=1.0)[0]
 
 
 def elu_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -323,7 +337,7 @@ def sets(pattern: Pattern, reads: Callable[[int], set[int]]) -> tuple[Function, 
 
 
 F32 = torch.float32
-WRITTEN = "written out, float64"
+WRITTEN, FLA = "written out, float64", "flash-linear-attention"
 CASES = [
     Case("linear_attention, parallel", WRITTEN, decay_inputs, first(linear_attention.parallel), decay_recurrence),
     Case("linear_attention, chunked", WRITTEN, decay_inputs, first(linear_attention.chunked), decay_recurrence),
@@ -340,6 +354,8 @@ CASES = [
         for form in (delta_rule.parallel, delta_rule.chunked, delta_rule.recurrent)
         for name in ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
     ),
+    Case("linear_attention, chunked", FLA, decay_inputs, first(linear_attention.chunked), fla_decay, F32),
+    Case("gated_delta_rule, chunked", FLA, delta_inputs, first(delta_rule.chunked), fla_delta, F32),
     Case("elu_attention", WRITTEN, qkv, elu_ours, elu_weights),
     Case("elu_attention", "performer-pytorch", qkv, elu_ours, elu_library),
     Case("performer_attention", "performer-pytorch", qkv, favor_ours, favor_library),
