@@ -51,6 +51,8 @@ class LoRASettings:
     use_dora: bool = False  # train the length of each row apart from its direction
     init: Literal["uniform", "pissa"] = "uniform"  # pissa: from the weights' first singular vectors
     b_lr_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
+    # What the workers get at each sync. merged: whole weights. adapter: it alone, beside the weights of --model.
+    serve: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass
