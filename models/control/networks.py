@@ -27,6 +27,14 @@ def mlp(sizes: Sequence[int], activation: Activation, last_gain: float = 1.0) ->
     return nn.Sequential(*layers)
 
 
+def plain_mlp(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
+    """The same with torch's own initialisation, which Q functions do better with."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), _LAYERS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
 class ValueFunction(nn.Module):
     """(..., D) → values (...)."""
 

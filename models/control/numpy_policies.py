@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 Activation = Literal["tanh", "relu"]
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the squashed Gaussian, before the tanh (Haarnoja et al., arXiv 1812.05905)
 LOG_SQRT_2PI = np.float32(0.5 * math.log(2 * math.pi))
 
 
@@ -102,4 +103,56 @@ class NumpyGaussian:
         return -(0.5 * ((actions - mean) / self.std) ** 2 + self.log_std + LOG_SQRT_2PI).sum(-1)
 
 
-NumpyPolicy = NumpyCategorical | NumpyGaussian
+class NumpyDeterministic:
+    """tanh of K = A outputs, in [-1, 1], and noise of standard deviation `std` around it, clipped to [-1, 1]."""
+
+    unit_actions: ClassVar[bool] = True
+
+    def __init__(self, sizes: Sequence[int], activation: Activation, std: float, flat: np.ndarray) -> None:
+        self.net = NumpyMLP(sizes, activation, flat)
+        self.std = np.float32(std)
+
+    def __call__(self, x_ND: np.ndarray) -> np.ndarray:
+        return self.net(x_ND)
+
+    @staticmethod
+    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    def act(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        return (np.tanh(outputs) + self.std * noise).clip(-1, 1)
+
+    def greedy(self, outputs: np.ndarray) -> np.ndarray:
+        return np.tanh(outputs)
+
+    def log_probs(self, outputs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        raise TypeError("a clipped action has no density")
+
+
+class NumpySquashedGaussian:
+    """The tanh of a Gaussian, in [-1, 1]: K = 2A outputs, its means and the logarithms of its standard deviations."""
+
+    unit_actions: ClassVar[bool] = True
+
+    def __init__(self, sizes: Sequence[int], activation: Activation, flat: np.ndarray) -> None:
+        self.net = NumpyMLP(sizes, activation, flat)
+
+    def __call__(self, x_ND: np.ndarray) -> np.ndarray:
+        return self.net(x_ND)
+
+    @staticmethod
+    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return rng.standard_normal((*shape[:-1], shape[-1] // 2), dtype=np.float32)
+
+    def act(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        mean, log_std = np.split(outputs, 2, axis=-1)
+        return np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
+
+    def greedy(self, outputs: np.ndarray) -> np.ndarray:
+        return np.tanh(outputs[..., : outputs.shape[-1] // 2])
+
+    def log_probs(self, outputs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        raise NotImplementedError("SAC learns from the actions alone")
+
+
+NumpyPolicy = NumpyCategorical | NumpyGaussian | NumpyDeterministic | NumpySquashedGaussian

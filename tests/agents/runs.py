@@ -73,6 +73,10 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a.keys() == b.keys()
         for key in a:
             assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif hasattr(a, "shape"):
