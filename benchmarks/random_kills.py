@@ -62,8 +62,14 @@ class Victim:
     def kill_driver(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        if self.finished():
+            return  # everything was written, and the process was about to go
         created = (self.directory / "config.yaml").exists()
         self.process = self._start(self.again if created else self.first)
+
+    def finished(self) -> bool:
+        summary = self.directory / "summary.json"
+        return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
 
     def kill_rollout(self) -> bool:
         """Kill the rollout process that the present driver started; False if there is none yet."""
@@ -107,7 +113,7 @@ def main(config: Config) -> None:
                 killed[target] += 1
                 print(killed, flush=True)
                 continue
-            if code:
+            if not victim.finished():
                 problems.append(f"round {rounds} ended with exit code {code}")
             break
         problems += [f"round {rounds}: {text}" for text in differences(reference.directory, victim.directory)]

@@ -18,32 +18,61 @@ class Job:
     config: str
     train: str
     evaluate: str | None = None
+    extra: str = ""
+    """The extra of this package that the job needs to be installed."""
 
     def config_class(self) -> type:
-        return _load(self.config)
+        return self._load(self.config)
 
     def trainer(self) -> Callable[[Any, Any], None]:
-        return _load(self.train)
+        return self._load(self.train)
 
     def evaluator(self) -> Callable[[Any, Any], None] | None:
-        return _load(self.evaluate) if self.evaluate else None
+        return self._load(self.evaluate) if self.evaluate else None
+
+    def _load(self, path: str) -> Any:
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if f"{module}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"this job needs the module {module}, which is not part of this installation"
+                ) from error
+            if self.extra:
+                raise UserError(
+                    f"this job needs the package {error.name}: pip install 'longstride[{self.extra}]'"
+                ) from error
+            raise
 
     def plan(self, config: Any) -> list[tuple[str, int, float, float, float]]:
         planner = getattr(importlib.import_module(self.train.partition(":")[0]), "plan", None)
         return planner(config) if planner else []
 
 
+def _in(module: str, config: str, extra: str = "") -> Job:
+    """A job whose config and functions lie in one module."""
+    return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra)
+
+
 JOBS: dict[str, Job] = {
+    # language models
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
-    "qac": Job("agents.qac:QACConfig", "agents.qac:train", "agents.qac:evaluate"),
-    "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
-    "offpac": Job("agents.offpac:OffPACConfig", "agents.offpac:train", "agents.offpac:evaluate"),
-    "ddpg": Job("agents.ddpg:DDPGConfig", "agents.ddpg:train", "agents.ddpg:evaluate"),
-    "td3": Job("agents.td3:TD3Config", "agents.td3:train", "agents.td3:evaluate"),
-    "sac": Job("agents.sac:SACConfig", "agents.sac:train", "agents.sac:evaluate"),
-    "trpo": Job("agents.trpo:TRPOConfig", "agents.trpo:train", "agents.trpo:evaluate"),
-    "ppo": Job("agents.ppo:PPOConfig", "agents.ppo:train", "agents.ppo:evaluate"),
+    # control
+    "qac": _in("agents.qac", "QACConfig"),
+    "a2c": _in("agents.a2c", "A2CConfig"),
+    "trpo": _in("agents.trpo", "TRPOConfig"),
+    "ppo": _in("agents.ppo", "PPOConfig"),
+    "offpac": _in("agents.offpac", "OffPACConfig"),
+    "ddpg": _in("agents.ddpg", "DDPGConfig"),
+    "td3": _in("agents.td3", "TD3Config"),
+    "sac": _in("agents.sac", "SACConfig"),
+    # vision
+    "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
+    "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
+    "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
+    "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
 }
 
 
@@ -52,13 +81,3 @@ def find(name: str) -> Job:
     if name not in JOBS:
         raise UserError(f"unknown job {name!r}: did you mean {nearest(name, JOBS)}? Jobs: {', '.join(JOBS)}")
     return JOBS[name]
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"this job needs the module {module}, which is not part of this installation") from error

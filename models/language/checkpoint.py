@@ -15,7 +15,8 @@ from torch import Tensor
 from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
-from models.language.lora import adapters
+from models.language.families import FAMILIES
+from models.language.lora import merged_weights
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -30,19 +31,20 @@ def read_config(folder: str | Path) -> LanguageConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; give the path of a downloaded Hugging Face model")
-    return LanguageConfig.from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return LanguageConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def load_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Read a Qwen3, Qwen3-MoE, Llama or longstride folder. Raises UserError for anything missing, broken or misfit."""
+    """Read a folder of any of families.FAMILIES, in evaluation mode. Raises UserError for anything missing, broken or
+    misfit."""
     config = read_config(folder)
     with torch.device("meta"):  # no memory and no initialisation for weights that are about to be read
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     load_checkpoint_tensors(model, read_tensors(folder), str(folder))
-    return model
+    return model.eval()
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -64,7 +66,8 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
     Raises UserError naming the first missing, unexpected or mis-shaped tensor.
     """
-    slots = checkpoint_slots(model)
+    family = FAMILIES[model.config.model_type]
+    slots = {family.tensor_name(name): weight for name, weight in checkpoint_slots(model).items()}
     waiting = set(slots)
     for name, tensor in named:
         if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -84,30 +87,34 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
 
 def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:
-    """Views into the model's weights, by the names and in the pieces that a checkpoint has (one piece per expert)."""
-    slots = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        name = name if name.startswith("lm_head.") else f"model.{name}"
-        weight = parameter.detach()
-        experts, _, part = name.rpartition(".")
-        if part == "gate_up_proj":
-            for e, both in enumerate(weight):
-                slots[f"{experts}.{e}.gate_proj.weight"], slots[f"{experts}.{e}.up_proj.weight"] = both.chunk(2)
-        elif part == "down_proj":
-            for e, down in enumerate(weight):
-                slots[f"{experts}.{e}.down_proj.weight"] = down
-        else:
-            slots[name] = weight
-    return slots
+    """Views into the model's weights and its routers' biases, by the names and in the pieces of a Qwen3-MoE checkpoint
+    (one piece per expert)."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return dict(piece for name, weight in named if ".adapters." not in name for piece in _pieces(name, weight.detach()))
+
+
+def _pieces(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    name = name if name.startswith("lm_head.") else f"model.{name}"
+    experts, _, part = name.rpartition(".")
+    if part == "gate_up_proj":
+        for e, both in enumerate(weight):
+            gate, up = both.chunk(2)
+            yield f"{experts}.{e}.gate_proj.weight", gate
+            yield f"{experts}.{e}.up_proj.weight", up
+    elif part == "down_proj":
+        for e, down in enumerate(weight):
+            yield f"{experts}.{e}.down_proj.weight", down
+    else:
+        yield name, weight
 
 
 def to_checkpoint(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint names and tensors, adapters merged in. The model is left as it is; the tensors may be views of it."""
-    adapted = {f"model.{name}.weight": layer for name, layer in adapters(model).items()}
-    for name, tensor in checkpoint_slots(model).items():
-        yield name, adapted[name].merged_weight() if name in adapted else tensor
+    """Tensors by the names of the model's family, the active adapter merged in. The model is left as it is; the
+    tensors may be views of it."""
+    family = FAMILIES[model.config.model_type]
+    for name, weight in merged_weights(model):
+        for piece, tensor in _pieces(name, weight):
+            yield family.tensor_name(piece), tensor
 
 
 def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: str | Path | None = None) -> None:
@@ -126,14 +133,14 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: st
         else:
             weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
             size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-            _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         for name, shard in zip(names, shards):
             # Cloned one shard at a time: pieces of one stacked tensor share its storage, which safetensors refuses.
             whole = {key: tensor.detach().cpu().clone() for key, tensor in shard.items()}
             save_file(whole, folder / f"{name}.part", metadata={"format": "pt"})
             os.replace(folder / f"{name}.part", folder / name)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
+        write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
         for file in TOKENIZER_FILES if tokenizer_files_from is not None else ():
             source = Path(tokenizer_files_from or "") / file
             if source.is_file() and source.resolve() != (folder / file).resolve():
@@ -158,7 +165,7 @@ def _shards(named: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / INDEX}: has no weight_map; download the folder again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -177,7 +184,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one JSON object of a model folder. Raises UserError for a file that is missing, broken or something else."""
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
@@ -191,7 +199,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write one JSON file of a model folder, whole or not at all."""
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(part, file)

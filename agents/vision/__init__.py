@@ -1,0 +1,1 @@
+"""Jobs that train vision models, by labels and by reward."""

@@ -1,0 +1,93 @@
+"""How well a detector does on held-out images: COCO's AP on things, panoptic quality if it has masks."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.vision.box_quality import box_quality
+from envs.vision.coco_eval import average_precision, detection_records
+from envs.vision.example import Batch
+from envs.vision.panoptic_quality import PanopticQuality
+from envs.vision.sources import Source
+from models.detr.boxes import cxcywh_to_xyxy
+from models.detr.detr import Detr, DetrOutput
+from models.detr.postprocess import Detections, Panoptic, detections, panoptic
+
+SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+
+
+@torch.no_grad()
+def evaluate_detector(
+    model: Detr, batches: Iterable[Batch], source: Source, count: int, device: str
+) -> dict[str, float]:
+    """batches: the first `count` held-out images of the source, in order. Boxes are scored in the batches' pixels,
+    relative to the image, so resizing changes no figure."""
+    model.eval()
+    truth = source.truth(range(count))
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    records: list[dict[str, Any]] = []
+    quality = PanopticQuality()
+    answers: list[float] = []
+    number = 0
+    for batch in batches:
+        there = batch.to_device(device)
+        output = _on_cpu(model(there.images_BCHW, there.valid_BHW))
+        numbers = range(number, number + len(batch.sizes_B2))
+        number = numbers.stop
+        for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
+            records += detection_records(i, _things(found, source), source.category_ids)
+        answers += answer_qualities(output, batch, source.stuff)
+        if output.masks_BQHW is not None and batch.ids_BHW is not None:
+            _score_masks(quality, batch, output, source)
+    figures = average_precision(truth, records)
+    result = {f"eval/{name}": figures[name] for name in SHOWN if figures[name] >= 0}
+    result["eval/quality"] = float(np.mean(answers))
+    if quality.classes:
+        result |= {f"eval/{name}": value for name, value in quality.result(source.stuff).items()}
+    return result
+
+
+def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -> list[float]:
+    """`box_quality` of each image's plain answer: the things of all queries whose likeliest class is one."""
+    labels_BQ = output.logits_BQC.argmax(-1).numpy()
+    boxes_BQ4 = cxcywh_to_xyxy(output.boxes_BQ4).numpy()
+    no_thing = [*stuff, output.logits_BQC.shape[-1] - 1]
+    qualities = []
+    for i, valid in enumerate(batch.valid_BT):
+        given, wanted = ~np.isin(labels_BQ[i], no_thing), valid & ~np.isin(batch.labels_BT[i], list(stuff))
+        truth = cxcywh_to_xyxy(torch.from_numpy(batch.boxes_BT4[i, wanted])).numpy()
+        qualities.append(box_quality(boxes_BQ4[i, given], labels_BQ[i, given], truth, batch.labels_BT[i, wanted]))
+    return qualities
+
+
+def _on_cpu(output: DetrOutput) -> DetrOutput:
+    masks = None if output.masks_BQHW is None else output.masks_BQHW.float().cpu()
+    return DetrOutput(output.logits_LBQC[-1:].float().cpu(), output.boxes_LBQ4[-1:].float().cpu(), masks)
+
+
+def _things(found: Detections, source: Source) -> Detections:
+    kept = torch.tensor([label not in source.stuff for label in found.labels.tolist()], dtype=torch.bool)
+    return Detections(found.scores[kept], found.labels[kept], found.boxes[kept], found.queries[kept])
+
+
+def _score_masks(quality: PanopticQuality, batch: Batch, output: DetrOutput, source: Source) -> None:
+    assert batch.ids_BHW is not None
+    assert output.masks_BQHW is not None
+    height, width = batch.ids_BHW.shape[1:]
+    rows, columns = output.masks_BQHW.shape[-2:]
+    sizes = [(int(h), int(w)) for h, w in batch.sizes_B2]
+    parts = [(-(-h * rows // height), -(-w * columns // width)) for h, w in sizes]
+    for i, found in enumerate(panoptic(output, sizes, stuff=source.stuff, padded=parts)):
+        quality.add(*_segments(batch, i, sizes[i]), *_found(found))
+
+
+def _segments(batch: Batch, i: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+    assert batch.ids_BHW is not None
+    labels = batch.labels_BT[i, : batch.valid_BT[i].sum()].tolist()
+    return batch.ids_BHW[i, : size[0], : size[1]], {n + 1: label for n, label in enumerate(labels)}
+
+
+def _found(found: Panoptic) -> tuple[np.ndarray, dict[int, int]]:
+    return found.ids.numpy(), {segment.id: segment.label for segment in found.segments}

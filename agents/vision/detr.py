@@ -1,0 +1,107 @@
+"""Training DETR on boxes, and on masks too: scenes rendered on the fly, or any COCO folder.
+
+    loaders make batches ahead ──▶ forward ──▶ Hungarian matching ──▶ set loss on every decoder layer ──▶ AdamW ──▶ EMA
+
+Evaluation is of the averaged weights (EMA), on held-out images: COCO's AP on things, panoptic quality with masks.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agents.vision.detection_score import evaluate_detector
+from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
+from agents.vision.prefetch import in_order
+from envs.vision.sources import BatchLoader, DataConfig, make_source
+from models.detr.checkpoint import save_detr
+from models.detr.loss import SetLossConfig
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.run import ActorGroup, Run
+
+
+@dataclass(frozen=True)
+class DetrJobConfig:
+    model: Path | None = None
+    """DETR folder (transformers) or .pth file (original code) to begin from. None: --network from random weights."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: SetLossConfig = field(default_factory=SetLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 20_000
+    batch_size: int = 64
+    loaders: int = 2
+    """Actors that render or read images and collate them."""
+    eval_images: int = 1000
+    eval_every: int = 5000
+    """Steps from one evaluation and checkpoint to the next."""
+    log_every: int = 50
+    loader_timeout_s: float = 120.0
+    """A batch that takes a loader longer ends the loader, and is made again by a new one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "loaders", "eval_images", "eval_every", "log_every", "loader_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
+
+
+def train(config: DetrJobConfig, run: "Run") -> None:
+    """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json."""
+    source = make_source(config.data, run.seed, heldout=True)
+    learner = make_learner(config, source.names, run)
+    state = run.restore()
+    if state is not None:
+        learner.load_state(state)
+    loaders = start_loaders(config, run)
+    clock, waited = time.perf_counter(), 0.0
+    numbers = ((number,) for number in range(learner.step, config.steps))
+    for batch, wait in in_order(loaders, "train_batch", numbers, config.loader_timeout_s):
+        waited += wait
+        metrics = learner.update(batch, want_metrics=(learner.step + 1) % config.log_every == 0)
+        step = learner.step
+        if metrics:
+            elapsed = time.perf_counter() - clock
+            metrics["time/images_per_s"] = config.log_every * config.batch_size / elapsed
+            metrics["time/waited_for_images"] = waited / elapsed
+            metrics["run/actor_restarts"] = float(loaders.restarts)
+            run.log(step, metrics, config.steps)
+            clock, waited = time.perf_counter(), 0.0
+        if step % config.eval_every == 0 or step == config.steps:
+            figures = evaluation(config, learner, loaders, run)
+            run.log(step, figures, config.steps)
+            run.summarize(figures)
+            run.save(step, learner.state(), score=figures["eval/AP"])
+            clock, waited = time.perf_counter(), 0.0
+    save_detr(learner.averaged, run.directory / "model" / "final")
+
+
+def evaluate(config: DetrJobConfig, run: "Run") -> None:
+    """`longstride evaluate RUN`: the checkpoint's averaged weights on `eval_images` held-out images."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    learner = make_learner(config, make_source(config.data, run.seed, heldout=True).names, run)
+    learner.load_state(state)
+    figures = evaluation(config, learner, start_loaders(config, run), run)
+    run.log(learner.step, figures)
+    run.summarize(figures)
+
+
+def make_learner(config: DetrJobConfig, names: tuple[str, ...], run: "Run") -> DetrLearner:
+    settings = config.network, config.loss, config.optimizer
+    return DetrLearner(config.model, names, *settings, config.steps, run.seed, run.device)
+
+
+def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
+    arguments = config.data, run.seed, config.batch_size, config.network.masks
+    return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
+
+
+def evaluation(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", run: "Run") -> dict[str, float]:
+    source = make_source(config.data, run.seed, heldout=True)
+    count = min(config.eval_images, len(source))
+    spans = [(first, min(config.batch_size, count - first)) for first in range(0, count, config.batch_size)]
+    batches = (batch for batch, _ in in_order(loaders, "heldout_batch", spans, config.loader_timeout_s))
+    return evaluate_detector(learner.averaged, batches, source, count, run.device)

@@ -1,0 +1,207 @@
+"""DETR on scenes, trained from random weights in a fixed time, and transformers' DETR of the same size beside it.
+
+python -m benchmarks.detr_scenes --minutes 8               # on the GPU; --peer for the same with transformers' model
+python -m benchmarks.detr_scenes --minutes 1 --toy         # to see that it runs, on the CPU
+
+A short run measures the speed; the run proper then has as many steps as fit the time. With --peer both are trained for
+the same number of steps. The peer has the same shape, data, optimizer and averaging, its own losses, and its batch
+norms, which transformers freezes, learn as ours do.
+"""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from agents.vision import detr as job
+from agents.vision.detr_learner import DetrLearner, NetworkConfig
+from benchmarks.record import describe_machine, write_result
+from envs.vision.example import DeviceBatch
+from models.detr.checkpoint import save_detr
+from models.detr.detr import DetrOutput
+
+TOY = [
+    "--data.scenes.size",
+    "64",
+    "--network.hidden-sizes",
+    "16",
+    "32",
+    "64",
+    "--network.depths",
+    "1",
+    "1",
+    "1",
+    "--network.d-model",
+    "64",
+    "--batch-size",
+    "8",
+    "--network.ffn-dim",
+    "64",
+    "--eval-images",
+    "32",
+    "--loaders",
+    "1",
+    "--device",
+    "cpu",
+    "--optimizer.precision",
+    "float32",
+    "--optimizer.no-compile",
+    "--optimizer.warmup",
+    "10",
+    "--log-every",
+    "10",
+]
+
+
+@dataclasses.dataclass
+class Config:
+    minutes: float = 8.0
+    """Of training and evaluation, starting up and compiling included."""
+    seed: int = 0
+    peer: bool = False
+    toy: bool = False
+    backend: str = "ray"
+    output: Path = Path("benchmarks/results/detr_scenes.json")
+
+
+def main(config: Config) -> None:
+    begin = time.perf_counter()
+    runs_dir = Path(tempfile.mkdtemp(prefix="detr-"))
+    probe_steps = 60 if config.toy else 400
+    probe = run(config, runs_dir, "probe", ["--steps", str(probe_steps), "--eval-every", str(probe_steps)], peer=False)
+    startup = probe["seconds"] - probe_steps / probe["steps_per_s"]
+    left = config.minutes * 60 - (time.perf_counter() - begin)
+    if config.peer:
+        slow = run(config, runs_dir, "probe-peer", ["--steps", str(probe_steps)], peer=True)
+        left = config.minutes * 60 - (time.perf_counter() - begin) - 2 * startup
+        steps = int(left / (1 / probe["steps_per_s"] + 1 / slow["steps_per_s"]))
+    else:
+        steps = int((left - 1.3 * startup) * probe["steps_per_s"])
+    print(f"{probe['steps_per_s']:.1f} steps/s, {startup:.0f} s to start and evaluate: {steps} steps", flush=True)
+    flags = ["--steps", str(steps), "--eval-every", str(max(1, steps // 2 + 1))]
+    ours = run(config, runs_dir, "ours", flags, peer=False)
+    keep(config, ours, None)
+    if config.peer:
+        keep(config, ours, run(config, runs_dir, "peer", flags, peer=True))
+
+
+def keep(config: Config, ours: dict[str, Any], peer: dict[str, Any] | None) -> None:
+    names = ("eval/AP", "eval/AP50", "eval/PQ", "images_per_s")
+    ratio = {name: ours[name] / peer[name] for name in names if peer and peer.get(name)}
+    write_result(config.output, "detr_scenes", ours, peer, ratio)
+    print(json.dumps({"ours": ours, "peer": peer, "ratio": ratio}), flush=True)
+
+
+def run(config: Config, runs_dir: Path, name: str, flags: list[str], peer: bool) -> dict[str, Any]:
+    """Train in a process of its own; return its figures."""
+    begin = time.perf_counter()
+    module = ["-m", "benchmarks.detr_scenes", "train-peer"] if peer else ["-m", "launch", "train", "detr"]
+    common = ["--recipe", "detr-scenes-gpu", "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed)]
+    command = [sys.executable, *module, *common, "--backend", config.backend, *(TOY if config.toy else []), *flags]
+    with (runs_dir / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            if line.startswith("step"):
+                print(f"{name}: {line}", end="", flush=True)
+        if process.wait():
+            raise SystemExit((runs_dir / f"{name}.log").read_text()[-3000:])
+    entries = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
+    speeds = [e["time/images_per_s"] for e in entries if "time/images_per_s" in e][1:]
+    waits = [e["time/waited_for_images"] for e in entries if "time/waited_for_images" in e][1:]
+    evaluations = [{"step": e["step"], "AP": e["eval/AP"]} for e in entries if "eval/AP" in e]
+    summary = json.loads((runs_dir / name / "summary.json").read_text())
+    images_per_s = sorted(speeds)[len(speeds) // 2]
+    batch_size = 8 if config.toy else 128
+    return {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "steps": summary["steps"],
+        "steps_per_s": images_per_s / batch_size,
+        "images_per_s": round(images_per_s, 1),
+        "waited_for_images": round(sum(waits) / len(waits), 3),
+        "evaluations": evaluations,
+        **{key: round(value, 4) for key, value in summary["metrics"].items() if key.startswith("eval/")},
+        "machine": describe_machine(),
+    }
+
+
+class PeerModel(nn.Module):
+    """transformers' DETR under our forward's signature. `losses` uses its own criterion."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None) -> DetrOutput:
+        out = self.model(images_BCHW, valid_BHW)
+        return DetrOutput(out.logits[None], out.pred_boxes[None], out.pred_masks)
+
+
+class PeerLearner(DetrLearner):
+    def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Any:
+        from transformers import DetrForSegmentation
+
+        with tempfile.TemporaryDirectory() as folder:  # the same random weights
+            save_detr(super().build(start, network, names), folder)
+            model = DetrForSegmentation.from_pretrained(folder)
+        model.config.auxiliary_loss = True
+        model.config.mask_loss_coefficient = int(self.loss.mask)
+        model.config.dice_loss_coefficient = int(self.loss.dice)
+        _let_batch_norms_learn(model)
+        return PeerModel(model).requires_grad_(True)
+
+    def losses(self, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        targets, labels = batch.targets, []
+        assert targets.masks_BTHW is not None
+        for i, valid in enumerate(targets.valid_BT):
+            labels.append(
+                {
+                    "class_labels": targets.labels_BT[i, valid],
+                    "boxes": targets.boxes_BT4[i, valid],
+                    "masks": targets.masks_BTHW[i, valid].float(),
+                }
+            )
+        with self._autocast():
+            out = self.net.model(batch.images_BCHW, batch.valid_BHW, labels=labels)
+        names = {"label": "loss_ce", "box": "loss_bbox", "giou": "loss_giou", "mask": "loss_mask", "dice": "loss_dice"}
+        return out.loss, {name: out.loss_dict[theirs] for name, theirs in names.items()}
+
+
+def _let_batch_norms_learn(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child).__name__ == "DetrFrozenBatchNorm2d":
+            setattr(module, name, nn.BatchNorm2d(len(child.weight)))
+        else:
+            _let_batch_norms_learn(child)
+
+
+@contextlib.contextmanager
+def peer_in_the_job() -> Iterator[None]:
+    """The job itself, with the other learner and no folder written at the end."""
+    learner, save = job.DetrLearner, job.save_detr
+    job.DetrLearner, job.save_detr = PeerLearner, lambda model, folder: None  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        job.DetrLearner, job.save_detr = learner, save  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train-peer"]:
+        from launch.cli import main as launch_main
+
+        torch.set_float32_matmul_precision("high")
+        with peer_in_the_job():
+            raise SystemExit(launch_main(["train", "detr", *sys.argv[2:]]))
+    main(tyro.cli(Config))

@@ -1,0 +1,161 @@
+"""Where labelled images come from: scenes rendered on the fly, or a COCO folder. And the actor that makes batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from envs.vision.coco import CocoConfig, CocoFolder
+from envs.vision.coco_format import categories, instance_records
+from envs.vision.example import Batch, Example, collate
+from envs.vision.scene_spec import CATEGORIES, STUFF
+from envs.vision.scenes import SceneConfig, Split, make_scene
+from envs.vision.transforms import ResizeConfig, flipped, resized
+from models.errors import UserError
+from models.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    scenes: SceneConfig = field(default_factory=SceneConfig)
+    """Rendered on the fly, unless --data.coco.folder names a COCO folder."""
+    coco: CocoConfig = field(default_factory=CocoConfig)
+    heldout_split: str = "val2017"
+    """Of the COCO folder: what evaluation looks at."""
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    """Of a COCO folder's images; scenes have their size."""
+
+
+class Source(Protocol):
+    """names: of labels 0 to n-1. stuff: labels that are no things. category_ids: COCO's numbers for the labels."""
+
+    names: tuple[str, ...]
+    stuff: frozenset[int]
+    category_ids: list[int]
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> Example: ...
+
+    def truth(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The things of these images as COCO's evaluation wants them; an image's number is its index."""
+        ...
+
+
+class SceneSource:
+    """Scenes, their background as one more object whose class is its pattern."""
+
+    def __init__(self, config: SceneConfig, seed: int, split: Split) -> None:
+        self.names, self.stuff, self.category_ids = CATEGORIES, STUFF, [c["id"] for c in categories()]
+        self.config, self.seed, self.split = config, seed, split
+
+    def __len__(self) -> int:
+        return 2**62  # no end
+
+    def example(self, index: int) -> Example:
+        scene = make_scene(self.config, self.seed, index, self.split)
+        height, width = scene.ids.shape
+        labels = np.append(scene.labels, scene.spec.background_label)
+        boxes = np.concatenate([scene.boxes, np.array([[0, 0, width, height]], np.float32)])
+        ids = np.where(scene.ids == 0, np.int16(len(labels)), scene.ids)
+        return Example(scene.image, labels, boxes, ids)
+
+    def truth(self, indices: Sequence[int]) -> dict[str, Any]:
+        return _truth(self, [(i, self.example(i)) for i in indices])
+
+
+class CocoSource:
+    def __init__(self, config: CocoConfig) -> None:
+        self.folder = CocoFolder(config)
+        self.names, self.stuff, self.category_ids = self.folder.names, self.folder.stuff, self.folder.category_ids
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def example(self, index: int) -> Example:
+        return self.folder.example(index)
+
+    def truth(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Of an instances file: its own records, with crowds and the areas of masks, so that AP is the official one."""
+        number_of = {self.folder.records[i].id: i for i in indices}
+        if self.folder.config.panoptic:
+            return _truth(self, [(i, self.example(i)) for i in indices])
+        dataset = self.folder.dataset
+        kept = [a for a in dataset["annotations"] if a.get("image_id") in number_of]
+        return {
+            "images": [{**r, "id": number_of[r["id"]]} for r in dataset["images"] if r.get("id") in number_of],
+            "annotations": [{**a, "image_id": number_of[a["image_id"]]} for a in kept],
+            "categories": dataset["categories"],
+        }
+
+
+def _truth(source: Source, examples: Sequence[tuple[int, Example]]) -> dict[str, Any]:
+    annotations: list[dict[str, Any]] = []
+    for number, example in examples:
+        things = [i for i, label in enumerate(example.labels.tolist()) if label not in source.stuff]
+        records = instance_records(number, example.labels[things], example.boxes[things], None, len(annotations) + 1)
+        annotations += [{**r, "category_id": source.category_ids[r["category_id"] - 1]} for r in records]
+    things = [i for i in range(len(source.names)) if i not in source.stuff]
+    return {
+        "images": [{"id": n, "height": e.image.shape[0], "width": e.image.shape[1]} for n, e in examples],
+        "annotations": annotations,
+        "categories": [{"id": source.category_ids[i], "name": source.names[i]} for i in things],
+    }
+
+
+def make_source(config: DataConfig, seed: int, heldout: bool) -> Source:
+    """Raises UserError as CocoFolder does."""
+    if config.coco.folder.parts:
+        split = config.heldout_split if heldout else config.coco.split
+        return CocoSource(CocoConfig(config.coco.folder, split, config.coco.panoptic, config.coco.on_bad))
+    return SceneSource(config.scenes, seed, "heldout" if heldout else "train")
+
+
+class BatchLoader:
+    """An actor that makes batches of a source. A batch depends on the seed and its number alone."""
+
+    def __init__(self, config: DataConfig, seed: int, batch_size: int, masks: bool) -> None:
+        self.config, self.seed, self.batch_size, self.masks = config, seed, batch_size, masks
+        self.sources: dict[bool, Source] = {}
+        self.order: tuple[int, np.ndarray] | None = None  # of the latest epoch
+
+    def source(self, heldout: bool) -> Source:
+        if heldout not in self.sources:
+            self.sources[heldout] = make_source(self.config, self.seed, heldout)
+        return self.sources[heldout]
+
+    def train_batch(self, number: int) -> Batch:
+        """Scenes never repeat; the images of a folder come in a new order each epoch, flipped and resized at random."""
+        source = self.source(heldout=False)
+        indices = [self._index(len(source), i) for i in range(number * self.batch_size, (number + 1) * self.batch_size)]
+        examples = [source.example(i) for i in indices]
+        if isinstance(source, CocoSource):
+            rng = np.random.default_rng(derive_seed(self.seed, "augmentation", number))
+            examples = [resized(flipped(e, rng), self.config.resize, rng) for e in examples]
+        return self._collate(examples)
+
+    def heldout_batch(self, first: int, count: int) -> Batch:
+        source = self.source(heldout=True)
+        examples = [source.example(i) for i in range(first, first + count)]
+        if isinstance(source, CocoSource):
+            examples = [resized(e, self.config.resize, None) for e in examples]
+        return self._collate(examples)
+
+    def _collate(self, examples: list[Example]) -> Batch:
+        if not self.masks:
+            examples = [Example(e.image, e.labels, e.boxes) for e in examples]
+        elif any(e.ids is None for e in examples):
+            raise UserError(
+                "an image has objects without masks: train without --network.masks, or use --data.coco.panoptic"
+            )
+        return collate(examples)
+
+    def _index(self, length: int, position: int) -> int:
+        if isinstance(self.source(heldout=False), SceneSource):
+            return position
+        epoch, place = divmod(position, length)
+        if self.order is None or self.order[0] != epoch:
+            rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
+            self.order = (epoch, rng.permutation(length))
+        return int(self.order[1][place])

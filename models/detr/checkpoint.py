@@ -1,0 +1,146 @@
+"""DETR checkpoints in and out: transformers' folders, and the original code's .pth files (weights only)."""
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.detr.config import DetrConfig, ResNetConfig, from_hf, to_hf
+from models.detr.detr import IMAGE_MEAN, IMAGE_STD, Detr
+from models.detr.names import from_original, from_transformers, to_transformers
+from models.errors import UserError
+from models.language.checkpoint import read_json, read_tensors, write_json
+
+ORIGINAL_HEADS = 8  # of every published model; the tensors do not tell
+
+
+def load_detr(path: str | Path) -> Detr:
+    """Read a folder of transformers (either backbone), or a .pth file of the original code (`{"model": ...}`).
+
+    In float32 on the CPU, in eval mode, with frozen batch norm. Raises UserError for anything missing, broken, misfit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        named = dict(from_transformers(read_tensors(path)))
+    elif path.is_file():
+        named = dict(from_original(_read_pth(path).items()))
+        config = infer_config(named, str(path))
+    else:
+        raise UserError(f"{path}: no such DETR; give a folder of transformers, or a .pth file of the original code")
+    model = Detr(config)
+    fill(model, named.items(), str(path))
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: Detr, named: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Copy tensors under our names into a model. Raises UserError naming the first that is missing or does not fit."""
+    slots = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    waiting = set(slots)
+    for name, tensor in named:
+        if name not in slots:
+            raise UserError(f"{source}: unexpected tensor {name}; is this a DETR with a ResNet?")
+        if slots[name].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(tensor.shape)}, but the configuration asks for "
+                f"{list(slots[name].shape)}"
+            )
+        slots[name].copy_(tensor)
+        waiting.discard(name)
+    if waiting:
+        raise UserError(f"{source}: tensor {min(waiting)} is missing ({len(waiting)} in all); is the file whole?")
+
+
+def save_detr(model: Detr, folder: str | Path) -> None:
+    """Write a folder that `DetrForObjectDetection.from_pretrained` (`DetrForSegmentation`) loads, without timm.
+
+    Raises UserError if the folder cannot be written, or the backbone is one that transformers' own ResNet cannot be.
+    """
+    folder = Path(folder)
+    content = to_hf(model.config)
+    tensors = dict(to_transformers(model.state_dict().items(), model.config.mask_head))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "model.safetensors.part"
+        whole = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(whole, part, metadata={"format": "pt"})
+        part.replace(folder / "model.safetensors")
+        write_json(folder / "config.json", {**content, "dtype": "float32"})
+        write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot write the model ({error}); free some space or choose another folder"
+        ) from None
+
+
+PREPROCESSOR: dict[str, Any] = {
+    "image_processor_type": "DetrImageProcessor",
+    "do_resize": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
+    "do_pad": True,
+}
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        # Training checkpoints hold their arguments beside the weights, as a Namespace: a class without behaviour.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as weights ({line}); download it again") from None
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no `model` with tensors by name; is it a checkpoint of the original DETR?")
+    return state
+
+
+def infer_config(named: dict[str, Tensor], source: str, dilation: bool = False) -> DetrConfig:
+    """The shape of a model from its tensors (under our names), for checkpoints that come without a configuration.
+
+    Heads are 8, as in every published model. A dilated backbone (DC5) has the tensors of a plain one: give `dilation`.
+    """
+    try:
+        stages = _count(named, r"backbone\.layer(\d+)\.")
+        depths = tuple(_count(named, rf"backbone\.layer{i + 1}\.(\d+)\.") for i in range(stages))
+        bottleneck = "backbone.layer1.0.conv3.weight" in named
+        last = "conv3" if bottleneck else "conv2"
+        widths = tuple(len(named[f"backbone.layer{i + 1}.0.{last}.weight"]) for i in range(stages))
+        backbone = ResNetConfig(
+            "bottleneck" if bottleneck else "basic", depths, widths, len(named["backbone.conv1.weight"]), dilation
+        )
+        queries, dim = named["query_embed.weight"].shape
+        plain = DetrConfig(
+            num_labels=len(named["class_embed.weight"]) - 1,
+            num_queries=queries,
+            d_model=dim,
+            encoder_layers=_count(named, r"transformer\.encoder\.layers\.(\d+)\."),
+            decoder_layers=_count(named, r"transformer\.decoder\.layers\.(\d+)\."),
+            encoder_attention_heads=ORIGINAL_HEADS,
+            decoder_attention_heads=ORIGINAL_HEADS,
+            mask_head="mask_head.out_lay.weight" in named,
+            backbone=backbone,
+        )
+        return replace(
+            plain,
+            encoder_ffn_dim=len(named["transformer.encoder.layers.0.linear1.weight"]),
+            decoder_ffn_dim=len(named["transformer.decoder.layers.0.linear1.weight"]),
+        )
+    except KeyError as missing:
+        raise UserError(f"{source}: tensor {missing.args[0]} is missing; is it a DETR of the original code?") from None
+
+
+def _count(named: dict[str, Tensor], pattern: str) -> int:
+    return len({found[1] for found in map(re.compile(pattern).match, named) if found})

@@ -1,0 +1,118 @@
+"""From predictions to boxes in pixels, and to panoptic segments.
+
+B images, Q queries, C classes with "no object" last.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.detr.boxes import cxcywh_to_xyxy
+from models.detr.detr import DetrOutput
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Objects found in one image. queries: which query found each."""
+
+    scores: Tensor  # (n,)
+    labels: Tensor  # (n,) int64
+    boxes: Tensor  # (n, 4) xyxy in pixels
+    queries: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True)
+class Segment:
+    id: int
+    label: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """Every pixel's segment: `ids` (H, W) int32, 0 where there is none."""
+
+    ids: Tensor
+    segments: list[Segment]
+
+
+def detections(output: DetrOutput, sizes: Sequence[tuple[int, int]], threshold: float = 0.0) -> list[Detections]:
+    """Each query's best class but "no object", where its probability exceeds `threshold`.
+
+    sizes: (height, width) of each image, to whose pixels the boxes are scaled.
+    """
+    scores_BQ, labels_BQ = output.logits_BQC.float().softmax(-1)[..., :-1].max(-1)
+    boxes_BQ4 = cxcywh_to_xyxy(output.boxes_BQ4.float())
+    found = []
+    for scores, labels, boxes, (height, width) in zip(scores_BQ, labels_BQ, boxes_BQ4, sizes, strict=True):
+        queries = (scores > threshold).nonzero().squeeze(1)
+        scale = boxes.new_tensor([width, height, width, height])
+        found.append(Detections(scores[queries], labels[queries], boxes[queries] * scale, queries))
+    return found
+
+
+def panoptic(
+    output: DetrOutput,
+    sizes: Sequence[tuple[int, int]],
+    threshold: float = 0.5,
+    mask_threshold: float = 0.5,
+    overlap_threshold: float = 0.8,
+    stuff: Collection[int] = (),
+    padded: Sequence[tuple[int, int]] | None = None,
+) -> list[Panoptic]:
+    """Give each pixel to the query whose score × mask probability is greatest there.
+
+    A query counts if its best class is an object, of probability above `threshold`. A segment that keeps no more than
+    `overlap_threshold` of the pixels where its weighted mask exceeds `mask_threshold` is dropped. Segments of the same
+    class in `stuff` become one. sizes: (height, width) of the results. padded: if the batch was padded, the part
+    (height, width) of the mask logits that each image takes.
+
+    Raises ValueError for a model without a mask head.
+    """
+    if output.masks_BQHW is None:
+        raise ValueError("this model predicts no masks")
+    scores_BQ, labels_BQ = output.logits_BQC.float().softmax(-1).max(-1)
+    kept_BQ = (labels_BQ < output.logits_BQC.shape[-1] - 1) & (scores_BQ > threshold)
+    results = []
+    for i, size in enumerate(sizes):
+        kept = kept_BQ[i]
+        masks = output.masks_BQHW[i, kept].float()
+        if padded is not None:
+            masks = masks[:, : padded[i][0], : padded[i][1]]
+        results.append(_segments(masks.sigmoid(), scores_BQ[i, kept], labels_BQ[i, kept], size, mask_threshold,
+                                 overlap_threshold, stuff))  # fmt: skip
+    return results
+
+
+def _segments(
+    probabilities: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    size: tuple[int, int],
+    mask_threshold: float,
+    overlap_threshold: float,
+    stuff: Collection[int],
+) -> Panoptic:
+    ids = torch.zeros(size, dtype=torch.int32, device=probabilities.device)
+    if len(scores) == 0:
+        return Panoptic(ids, [])
+    probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear")[0] * scores[:, None, None]
+    owner = probabilities.argmax(0)
+    owned = torch.bincount(owner.flatten(), minlength=len(scores)).tolist()
+    claimed = (probabilities >= mask_threshold).sum((1, 2)).tolist()
+    segments: list[Segment] = []
+    of_stuff: dict[int, int] = {}
+    for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())):
+        if owned[k] == 0 or claimed[k] == 0 or owned[k] / claimed[k] <= overlap_threshold:
+            continue
+        if label in of_stuff:
+            ids[owner == k] = of_stuff[label]
+            continue
+        segments.append(Segment(len(segments) + 1, label, score))
+        ids[owner == k] = segments[-1].id
+        if label in stuff:
+            of_stuff[label] = segments[-1].id
+    return Panoptic(ids, segments)

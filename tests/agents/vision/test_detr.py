@@ -1,0 +1,263 @@
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DetrForSegmentation
+
+from agents.vision import detr
+from agents.vision.detection_score import evaluate_detector
+from agents.vision.detr import DetrJobConfig
+from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
+from agents.vision.prefetch import ATTEMPTS, in_order
+from envs.vision.coco import CocoConfig
+from envs.vision.coco_format import write_scenes
+from envs.vision.example import Batch, collate
+from envs.vision.scenes import SceneConfig
+from envs.vision.sources import DataConfig, SceneSource
+from envs.vision.transforms import ResizeConfig
+from launch.checkpoint import CheckpointStore
+from launch.config import RunConfig
+from launch.run_directory import RunDirectory
+from launch.runtime import Runtime
+from models.detr.detr import Detr, DetrOutput
+from models.detr.loss import SetLossConfig
+from models.errors import UserError
+
+SCENES = SceneConfig(size=64, max_objects=2)
+NETWORK = NetworkConfig(depths=(1, 1, 1), hidden_sizes=(16, 32, 48), queries=6, d_model=32, heads=8, encoder_layers=1,
+                        decoder_layers=2, ffn_dim=64)  # fmt: skip
+SHORT = DetrJobConfig(
+    network=NETWORK,
+    data=DataConfig(SCENES, resize=ResizeConfig((48, 64), 100)),
+    optimizer=OptimizerConfig(warmup=2),
+    steps=6,
+    batch_size=2,
+    eval_images=3,
+    eval_every=2,
+    log_every=1,
+)
+
+
+def runtime(path: Path, name: str, seed: int = 0, resume: bool = False) -> Runtime:
+    settings = RunConfig(name=name, runs_dir=path, seed=seed, backend="local", keep_checkpoints=10)
+    if resume:
+        directory = RunDirectory.open(path, name)
+        return Runtime("detr", settings, directory, CheckpointStore(directory.checkpoints, 10).newest())
+    return Runtime("detr", settings, RunDirectory.create(path, name, {"job": "detr"}))
+
+
+def train(config: DetrJobConfig, path: Path, name: str, **options: Any) -> dict[str, float]:
+    run = runtime(path, name, **options)
+    try:
+        detr.train(config, run)
+    finally:
+        run.close()
+    return json.loads((path / name / "summary.json").read_text())["metrics"]
+
+
+def final_state(path: Path, name: str) -> dict[str, Any]:
+    checkpoint = CheckpointStore(path / name / "checkpoints", 10).newest()
+    assert checkpoint is not None
+    return checkpoint.load()
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def history(path: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (path / name / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    config = replace(SHORT, network=replace(NETWORK, masks=True, dropout=0.1))
+    train(config, tmp_path, "whole")
+    run = runtime(tmp_path, "cut")
+    log = run.log
+
+    def log_until_killed(step: int, *args: Any) -> None:
+        if step == 5:
+            raise Killed
+        log(step, *args)
+
+    run.log = log_until_killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        detr.train(config, run)
+    run.close()
+    assert final_state(tmp_path, "cut")["step"] == 4
+    train(config, tmp_path, "cut", resume=True)
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+    assert history(tmp_path, "cut") == history(tmp_path, "whole")
+    assert {"eval/AP", "eval/PQ", "eval/PQ_stuff"} <= history(tmp_path, "whole")[-1].keys()
+    peer = DetrForSegmentation.from_pretrained(tmp_path / "whole" / "model" / "final")
+    assert peer.config.id2label[0] == "circle"
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(replace(SHORT, steps=2), tmp_path, name, seed=seed)
+    assert_equal(final_state(tmp_path, "a")["net"], final_state(tmp_path, "b")["net"])
+    differ = [final_state(tmp_path, name)["net"]["class_embed.weight"] for name in "ac"]
+    assert not torch.equal(*differ)
+
+
+def test_a_folder_of_coco_and_a_trained_model_serve_too(tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("heldout", 3)):
+        write_scenes(tmp_path / "coco", SCENES, seed=0, count=count, split=split)  # type: ignore[arg-type]
+    coco = CocoConfig(tmp_path / "coco", "train", panoptic=True)
+    data = replace(SHORT.data, coco=coco, heldout_split="heldout")
+    config = replace(SHORT, data=data, network=replace(NETWORK, masks=True))
+    figures = train(config, tmp_path, "first")
+    assert {"eval/AP", "eval/PQ"} <= figures.keys()
+    start = tmp_path / "first" / "model" / "final"
+    train(replace(config, model=start, steps=1), tmp_path, "second")
+    with pytest.raises(UserError, match="knows 21 labels, the data has 16"):
+        train(replace(config, model=start, data=replace(data, coco=replace(coco, panoptic=False))), tmp_path, "third")
+
+
+def test_evaluate_scores_the_averaged_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    train(SHORT, tmp_path, "run")
+    run = runtime(tmp_path, "run", resume=True)
+    detr.evaluate(SHORT, run)
+    run.close()
+    before, after = history(tmp_path, "run")[-2:]
+    assert {k: v for k, v in after.items() if k.startswith("eval")} == {
+        k: v for k, v in before.items() if k.startswith("eval")
+    }
+    fresh = runtime(tmp_path, "fresh")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        detr.evaluate(SHORT, fresh)
+    fresh.close()
+
+
+def batches(source: SceneSource, first: int, count: int) -> Batch:
+    return collate([source.example(i) for i in range(first, first + count)])
+
+
+def learner(**settings: Any) -> DetrLearner:
+    optimizer = OptimizerConfig(lr=2e-3, backbone_lr=2e-3, warmup=10, ema_decay=0.9, **settings)
+    source = SceneSource(SCENES, 0, "train")
+    return DetrLearner(
+        None, source.names, replace(NETWORK, masks=True, d_model=64), SetLossConfig(), optimizer, 150, 0, "cpu"
+    )
+
+
+def test_it_learns_four_scenes_by_heart() -> None:
+    source = SceneSource(SCENES, 0, "train")
+    batch = batches(source, 0, 4)
+    pupil = learner()
+    before = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    for _ in range(150):
+        pupil.update(batch, want_metrics=False)
+    after = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    assert before["eval/AP50"] < 0.1
+    assert after["eval/AP50"] > 0.9
+    assert after["eval/PQ"] > 0.3
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    pupil = learner()
+    with torch.no_grad():
+        pupil.net.class_embed.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite at step 1"):
+        pupil.update(batches(SceneSource(SCENES, 0, "train"), 0, 2), want_metrics=True)
+
+
+def test_the_average_follows_the_weights() -> None:
+    pupil = learner()
+    start = pupil.averaged.class_embed.weight.clone()
+    pupil.update(batches(SceneSource(SCENES, 0, "train"), 0, 2), want_metrics=False)
+    expected = start.lerp(pupil.net.class_embed.weight, 1 - 1 / 10)  # the first decay is 1/10
+    torch.testing.assert_close(pupil.averaged.class_embed.weight, expected)
+    assert not pupil.averaged.training
+
+
+class Oracle(Detr):
+    """Answers with the truth, whatever it is shown."""
+
+    def __init__(self, answer: DetrOutput) -> None:
+        torch.nn.Module.__init__(self)
+        self.answer = answer
+
+    def forward(self, images_BCHW: torch.Tensor, valid_BHW: torch.Tensor | None = None) -> DetrOutput:
+        return self.answer
+
+
+def test_perfect_answers_score_one() -> None:
+    source = SceneSource(SCENES, 0, "heldout")
+    batch = batches(source, 0, 6)
+    targets = batch.to_device("cpu").targets
+    assert targets.masks_BTHW is not None
+    logits = torch.nn.functional.one_hot(targets.labels_BT.where(targets.valid_BT, 21), 22).float() * 20
+    answer = DetrOutput(logits[None], targets.boxes_BT4[None], targets.masks_BTHW.float() * 40 - 20)
+    figures = evaluate_detector(Oracle(answer), [batch], source, 6, "cpu")
+    assert figures["eval/AP"] == figures["eval/AP50"] == pytest.approx(1)
+    assert figures["eval/PQ"] == pytest.approx(1)
+    shifted = targets.boxes_BT4 + torch.tensor([0.0, 0.0, 0.03, 0.03])
+    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), [batch], source, 6, "cpu")
+    assert 0.1 < worse["eval/AP"] < 0.95
+
+
+class Dying:
+    """An actor group whose calls die a number of times before each answer."""
+
+    restarts = 0
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.asked = deaths, [0] * 100
+
+    def __len__(self) -> int:
+        return 2
+
+    def call(self, index: int, method: str, number: int, timeout_s: float | None = None) -> Future[int]:
+        assert index == number % 2
+        self.asked[number] += 1
+        future: Future[int] = Future()
+        if self.asked[number] <= self.deaths:
+            future.set_exception(ConnectionError("died"))
+        else:
+            future.set_result(number * 10)
+        return future
+
+
+def test_results_come_in_order_and_deaths_are_survived() -> None:
+    def results(deaths: int) -> Iterator[int]:
+        return (r for r, _ in in_order(Dying(deaths), "f", ((n,) for n in range(9)), 1.0))  # type: ignore[arg-type]
+
+    assert list(results(0)) == list(results(ATTEMPTS - 1)) == [n * 10 for n in range(9)]
+    with pytest.raises(ConnectionError):
+        list(results(ATTEMPTS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps is 0: must be positive"),
+        ({"batch_size": -1}, "--batch-size is -1"),
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(SHORT, **change)
+    with pytest.raises(UserError, match=r"--optimizer\.ema-decay is 1"):
+        OptimizerConfig(ema_decay=1)
