@@ -6,8 +6,8 @@ arXiv 2302.08242), where the set loss is only a stand-in for it.
 The reward is `box_quality` (envs/vision/box_quality.py): PQ's form on boxes, of the whole answer. Both the drawing and
 the gradient are of one forward pass, in eval mode, so there is nothing off-policy to correct.
 
-Only labels are drawn. Boxes (and masks) keep learning from their part of the set loss: labels and boxes share all layers
-but the last, and with nothing to hold them the boxes drift faster than the labels improve.
+Only labels are drawn. Boxes (and masks) keep learning from their part of the set loss: labels and boxes share all
+layers but the last, and with nothing to hold them the boxes drift faster than the labels improve.
 """
 
 import importlib
