@@ -30,6 +30,7 @@ from benchmarks.record import describe_machine, write_result
 from envs.vision.example import DeviceBatch
 from models.detr.checkpoint import save_detr
 from models.detr.detr import DetrOutput
+from models.seeding import derive_seed
 
 TOY = [
     "--data.scenes.size",
