@@ -3,20 +3,23 @@
 One call collects a whole fragment, so the trip to the worker is paid once for hundreds of steps. The policy's forward
 pass is numpy: on networks this small torch takes several times as long.
 
-Shapes: T steps, N environments, D numbers an observation, A actions.
+Shapes: T steps, N environments, D numbers an observation, A numbers an action, K numbers the policy's network gives.
 """
 
-import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.control.vector_env import ControlSpaces, as_vectors, make_vector_env
-from models.errors import UserError
+from agents.moments import Moments, Normalizer
+from agents.step_limit import StepLimit
+from envs.control.spaces import BoxActions
+from envs.control.vector_env import ControlEnv
+from models.control.numpy_policies import NumpyPolicy
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -27,146 +30,209 @@ ATTEMPTS = 5  # at one call, each on a worker that was started anew
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A policy as it travels to the workers."""
+
+    version: int  # counts the learner's updates
+    weights: np.ndarray  # flat float32
+    normalizer: Normalizer | None = None  # of observations
+
+
+@dataclass(frozen=True)
 class Fragment:
     """T steps of N environments. Where `valid` is false the step is an autoreset dummy and counts for nothing.
 
-    observations[t+1] is what step t led to: at the end of an episode its final observation.
+    observations[t+1] is what step t led to: at the end of an episode its final observation. Observations are as the
+    policy saw them, normalised if it has a normaliser; rewards are the environment's.
     """
 
     observations: np.ndarray  # (T+1, N, D) float32
-    actions: np.ndarray  # (T, N) int64, counted from 0
+    actions: np.ndarray  # (T, N) int64, counted from 0, or (T, N, A) float32, before they are clipped to the bounds
     log_probs: np.ndarray  # (T, N) float32, of the actions when they were drawn
     rewards: np.ndarray  # (T, N) float32
     terminated: np.ndarray  # (T, N) bool
     truncated: np.ndarray  # (T, N) bool
     valid: np.ndarray  # (T, N) bool
+    versions: np.ndarray  # (N,) int64, of the snapshot that played
     episode_returns: np.ndarray  # (E,) float32, of the episodes that ended, in order
+    observation_moments: Moments  # of the valid observations before normalisation; empty if there is no normaliser
+    return_moments: Moments  # of the discounted sum of rewards so far, at each valid step
 
     def steps(self, begin: int, end: int) -> "Fragment":
-        """The steps [begin, end), without the episodes."""
-        cut = {f.name: getattr(self, f.name)[begin:end] for f in fields(self)}
-        cut["observations"] = self.observations[begin : end + 1]
-        return Fragment(**cut | {"episode_returns": self.episode_returns[:0]})
+        """The steps [begin, end), with nothing of what belongs to the whole fragment."""
+        cut: dict[str, Any] = {name: getattr(self, name)[begin:end] for name in STEPWISE}
+        cut |= {"observations": self.observations[begin : end + 1], "episode_returns": self.episode_returns[:0]}
+        return replace(self, **cut, observation_moments=Moments.none(0), return_moments=Moments.none(1))
+
+
+STEPWISE = [f.name for f in fields(Fragment)[:7]]  # have a dimension N at place 1
 
 
 def join(fragments: Sequence[Fragment]) -> Fragment:
     """Put the environments of several workers side by side."""
-    joined = {f.name: np.concatenate([getattr(x, f.name) for x in fragments], 1) for f in fields(Fragment)[:-1]}
-    return Fragment(**joined, episode_returns=np.concatenate([x.episode_returns for x in fragments]))
+    first, *others = fragments
+    if not others:
+        return first
+    joined: dict[str, Any] = {f: np.concatenate([getattr(x, f) for x in fragments], 1) for f in STEPWISE}
+    for name in ("versions", "episode_returns"):
+        joined[name] = np.concatenate([getattr(x, name) for x in fragments])
+    for name in ("observation_moments", "return_moments"):
+        joined[name] = reduce(Moments.merged, [getattr(x, name) for x in fragments])
+    return Fragment(**joined)
 
 
-class NumpyMLP:
-    """The forward pass of a tanh MLP, from the flat vector that `torch.nn.utils.parameters_to_vector` makes of one."""
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What a worker plays, and how. policy: makes the numpy policy of a snapshot's flat weights."""
 
-    def __init__(self, sizes: Sequence[int], flat: np.ndarray) -> None:
-        self.layers: list[tuple[np.ndarray, np.ndarray]] = []
-        offset = 0
-        for fan_in, fan_out in itertools.pairwise(sizes):
-            weight = flat[offset : offset + fan_in * fan_out].reshape(fan_out, fan_in).T
-            offset += fan_in * fan_out
-            self.layers.append((weight, flat[offset : offset + fan_out]))
-            offset += fan_out
-        if offset != len(flat):
-            raise ValueError(f"{len(flat)} weights for layers of {list(sizes)}, which have {offset}")
-
-    def __call__(self, x_ND: np.ndarray) -> np.ndarray:
-        *hidden, (weight, bias) = self.layers
-        for hidden_weight, hidden_bias in hidden:
-            x_ND = np.tanh(x_ND @ hidden_weight + hidden_bias)
-        return x_ND @ weight + bias
-
-
-def sample(logits_NA: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an action of each softmax. Returns actions (N,) and their log-probabilities (N,)."""
-    log_probs_NA = logits_NA - logits_NA.max(-1, keepdims=True)
-    log_probs_NA -= np.log(np.exp(log_probs_NA).sum(-1, keepdims=True))
-    gumbel_NA = -np.log(rng.standard_exponential(logits_NA.shape, dtype=np.float32))
-    actions_N = (log_probs_NA + gumbel_NA).argmax(-1)
-    return actions_N, np.take_along_axis(log_probs_NA, actions_N[:, None], -1)[:, 0]
+    env: str
+    num_envs: int
+    policy: Callable[[np.ndarray], NumpyPolicy]
+    seed: int
+    gamma: float  # of `return_moments`
+    step_timeout_s: float
 
 
 class RolloutWorker:
-    """Plays `num_envs` environments. Weights are the actor's, as one flat float32 vector."""
+    """Plays `num_envs` environments."""
 
-    def __init__(
-        self, env_id: str, num_envs: int, spaces: ControlSpaces, hidden: Sequence[int], seed: int, actor_index: int = 0
-    ) -> None:
-        self.env_id, self.spaces, self.seed, self.index = env_id, spaces, seed, actor_index
-        self.sizes = [spaces.observation_size, *hidden, spaces.actions]
-        self.env = make_vector_env(env_id, num_envs)
+    def __init__(self, config: RolloutConfig, actor_index: int = 0) -> None:
+        self.config, self.index = config, actor_index
+        self.env = ControlEnv(config.env, config.num_envs)
         self.observations: np.ndarray | None = None  # None: episodes have yet to begin
-        self.done = np.zeros(num_envs, bool)
-        self.returns = np.zeros(num_envs, np.float32)
+        self.done = np.zeros(config.num_envs, bool)
+        self.returns = np.zeros(config.num_envs, np.float32)
+        self.discounted = np.zeros(config.num_envs, np.float32)
 
-    def collect(self, weights: np.ndarray, steps: int, round: int, restart: bool) -> Fragment:
+    def collect(self, snapshot: Snapshot, steps: int, round: int, restart: bool) -> Fragment:
         """Play `steps` steps of each environment, going on where the last call stopped.
 
         restart: begin new episodes. All randomness comes from the run's seed, the worker's number and `round`, so
         that a call after a restart depends on nothing that came before it; a replaced worker restarts on its own.
-        Raises UserError if the environment returns numbers that are not finite.
+        Raises UserError if the environment fails, takes longer over a step than `step_timeout_s`, or returns numbers
+        that are not finite or not in its space.
         """
-        policy = NumpyMLP(self.sizes, weights)
-        rng = np.random.default_rng(derive_seed(self.seed, "actions", self.index, round))
-        if restart or self.observations is None:
-            first, _ = self.env.reset(seed=derive_seed(self.seed, "episodes", self.index, round))
-            self.observations = as_vectors(first, self.env_id)
-            self.done[:] = False
-            self.returns[:] = 0
-        n = len(self.done)
-        out = Fragment(
-            observations=np.empty((steps + 1, n, self.spaces.observation_size), np.float32),
-            actions=np.empty((steps, n), np.int64),
-            log_probs=np.empty((steps, n), np.float32),
-            rewards=np.empty((steps, n), np.float32),
-            terminated=np.empty((steps, n), bool),
-            truncated=np.empty((steps, n), bool),
-            valid=np.empty((steps, n), bool),
-            episode_returns=np.empty(0, np.float32),
+        policy, normalizer = self.config.policy(snapshot.weights), snapshot.normalizer
+        rng = np.random.default_rng(self._seed("actions", round))
+        to_env = env_actions(self.env, policy)
+        with StepLimit(self.config.env, self.config.step_timeout_s) as limit:
+            if restart or self.observations is None:
+                self.observations = self.env.reset(self._seed("episodes", round))
+                self.done[:] = False
+                self.returns[:] = 0
+                self.discounted[:] = 0
+            n = len(self.done)
+            observations = np.empty((steps + 1, n, self.env.spaces.observation_size), np.float32)
+            rewards = np.empty((steps, n), np.float32)
+            terminated, truncated, valid = (np.empty((steps, n), bool) for _ in range(3))
+            outputs, actions = [], []
+            finished: list[float] = []
+            observations[0] = self.observations
+            x = self.observations if normalizer is None else normalizer(self.observations)
+            noise: np.ndarray | None = None
+            for t in range(steps):
+                outputs.append(policy(x))
+                if noise is None:
+                    noise = policy.noise(rng, (steps, *outputs[0].shape))
+                actions.append(policy.act(outputs[t], noise[t]))
+                np.logical_not(self.done, out=valid[t])
+                limit.begin()
+                step = self.env.step(to_env(actions[t]))
+                observations[t + 1], rewards[t], terminated[t], truncated[t] = step
+                x = observations[t + 1] if normalizer is None else normalizer(observations[t + 1])
+                self.done = terminated[t] | truncated[t]
+                self.returns += rewards[t]
+                if self.done.any():
+                    finished += self.returns[self.done].tolist()
+                    self.returns[self.done] = 0
+        self.env.check(observations, rewards)
+        self.observations = observations[steps].copy()
+        played = np.stack(actions)
+        return Fragment(
+            observations=observations if normalizer is None else normalizer(observations),
+            actions=played,
+            log_probs=policy.log_probs(np.stack(outputs), played),
+            rewards=rewards,
+            terminated=terminated,
+            truncated=truncated,
+            valid=valid,
+            versions=np.full(n, snapshot.version),
+            episode_returns=np.array(finished, np.float32),
+            observation_moments=Moments.of(observations[:-1][valid] if normalizer else observations[:0, 0]),
+            return_moments=self._count_returns(rewards, terminated | truncated, valid),
         )
-        finished: list[float] = []
-        out.observations[0] = self.observations
-        for t in range(steps):
-            out.actions[t], out.log_probs[t] = sample(policy(out.observations[t]), rng)
-            out.valid[t] = ~self.done
-            step = self.env.step(out.actions[t] + self.spaces.first_action)
-            out.observations[t + 1], out.rewards[t], out.terminated[t], out.truncated[t], _ = step
-            self.done = out.terminated[t] | out.truncated[t]
-            self.returns += out.rewards[t]
-            if self.done.any():
-                finished += self.returns[self.done].tolist()
-                self.returns[self.done] = 0
-        self.observations = out.observations[steps].copy()
-        as_vectors(out.observations.reshape(-1, self.spaces.observation_size), self.env_id)
-        if not np.isfinite(out.rewards).all():
-            raise UserError(f"{self.env_id} paid a reward that is not finite")
-        return replace(out, episode_returns=np.array(finished, np.float32))
 
-    def evaluate(self, weights: np.ndarray, episodes: int, seed: int) -> np.ndarray:
-        """Returns (episodes,) of the greedy policy, on environments of their own.
+    def _count_returns(self, rewards: np.ndarray, done: np.ndarray, valid: np.ndarray) -> Moments:
+        """R ← γR + r over each episode, whose spread is the scale of what the critic has to learn."""
+        sums = np.empty_like(rewards)
+        for t in range(len(rewards)):
+            self.discounted *= self.config.gamma
+            self.discounted += rewards[t]
+            sums[t] = self.discounted
+            self.discounted[done[t]] = 0
+        return Moments.of(sums[valid][:, None])
+
+    def evaluate(self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Returns and lengths (episodes,) of the policy, greedy or sampled, on environments of their own.
 
         Each environment plays a number of episodes that is fixed beforehand: the first `episodes` to end would be too
-        many short ones.
+        many short ones. The normaliser is that of the snapshot throughout.
         """
         if episodes == 0:
-            return np.empty(0, np.float32)
-        policy = NumpyMLP(self.sizes, weights)
-        env = make_vector_env(self.env_id, n := min(episodes, EVALUATION_ENVS))
-        left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-        running, done, returns = np.zeros(n), np.zeros(n, bool), []
-        observations, _ = env.reset(seed=derive_seed(seed, "evaluation", self.index))
-        while left.any():
-            actions = policy(as_vectors(observations, self.env_id)).argmax(-1) + self.spaces.first_action
-            observations, rewards, terminated, truncated, _ = env.step(actions)
-            running += rewards
-            done = terminated | truncated
-            returns += running[done & (left > 0)].tolist()
-            left[done & (left > 0)] -= 1
-            running[done] = 0
-        env.close()
-        return np.array(returns, np.float32)
+            return np.empty(0, np.float32), np.empty(0, np.int64)
+        env = ControlEnv(self.config.env, n := min(episodes, EVALUATION_ENVS))
+        try:
+            left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+            played = play(env, self.config, snapshot, left, derive_seed(seed, "evaluation", self.index), greedy)
+        finally:
+            env.close()
+        return np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
+
+    def _seed(self, purpose: str, round: int) -> int:
+        return derive_seed(self.config.seed, purpose, self.index, round)
 
     def close(self) -> None:
         self.env.close()
+
+
+def play(
+    env: ControlEnv, config: RolloutConfig, snapshot: Snapshot, episodes: np.ndarray, seed: int, greedy: bool
+) -> list[tuple[float, int]]:
+    """Play episodes[i] episodes of environment i. Returns (return, length) of each, in the order they ended."""
+    policy, normalizer = config.policy(snapshot.weights), snapshot.normalizer
+    to_env, rng = env_actions(env, policy), np.random.default_rng(seed)
+    left, played = episodes.copy(), []
+    running, length = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
+    done = np.zeros(env.num_envs, bool)
+    with StepLimit(config.env, config.step_timeout_s) as limit:
+        observations = env.reset(seed)
+        while left.any():
+            outputs = policy(observations if normalizer is None else normalizer(observations))
+            if greedy:
+                actions = policy.greedy(outputs)
+            else:
+                actions = policy.act(outputs, policy.noise(rng, outputs.shape))
+            length += ~done
+            limit.begin()
+            observations, rewards, terminated, truncated = env.step(to_env(actions))
+            env.check(observations, rewards)
+            running += rewards
+            done = terminated | truncated
+            if done.any():
+                counted = done & (left > 0)
+                played += list(zip(running[counted].tolist(), length[counted].tolist()))
+                left -= counted
+                running[done], length[done] = 0, 0
+    return played
+
+
+def env_actions(env: ControlEnv, policy: NumpyPolicy) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns the policy's actions into the environment's."""
+    space = env.spaces.actions
+    if policy.unit_actions:
+        assert isinstance(space, BoxActions)
+        return lambda actions: space.to_env(space.from_unit(actions))
+    return space.to_env
 
 
 def call_each(workers: "ActorGroup", method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Any]:

@@ -46,12 +46,11 @@ class Config:
 class Victim:
     """A run in a process of its own that is resumed whenever it was killed."""
 
-    def __init__(self, name: str, runs_dir: Path, config: Config) -> None:
+    def __init__(self, name: str, runs_dir: Path, job: str, flags: list[str]) -> None:
         self.directory = runs_dir / name
         self.log = (runs_dir / f"{name}.console").open("ab")
         common = ["--runs-dir", str(runs_dir)]
-        flags = [*SMALL, "--name", name, "--engine", config.engine, *common]
-        self.first = [sys.executable, "-m", "launch", "train", "reason", *flags]
+        self.first = [sys.executable, "-m", "launch", "train", job, *flags, "--name", name, *common]
         self.again = [sys.executable, "-m", "launch", "resume", name, *common]
         self.process = self._start(self.first)
 
@@ -63,8 +62,14 @@ class Victim:
     def kill_driver(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        if self.finished():
+            return  # everything was written, and the process was about to go
         created = (self.directory / "config.yaml").exists()
         self.process = self._start(self.again if created else self.first)
+
+    def finished(self) -> bool:
+        summary = self.directory / "summary.json"
+        return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
 
     def kill_rollout(self) -> bool:
         """Kill the rollout process that the present driver started; False if there is none yet."""
@@ -82,8 +87,9 @@ class Victim:
 def main(config: Config) -> None:
     rng = random.Random(config.seed)
     runs_dir = Path(tempfile.mkdtemp(prefix="kills-"))
+    flags = [*SMALL, "--engine", config.engine]
     start = time.monotonic()
-    reference = Victim("reference", runs_dir, config)
+    reference = Victim("reference", runs_dir, "reason", flags)
     if reference.process.wait():
         raise SystemExit(f"the undisturbed run failed: see {runs_dir}/reference.console")
     undisturbed_s = time.monotonic() - start
@@ -92,7 +98,7 @@ def main(config: Config) -> None:
     rounds, problems = 0, []
     while sum(killed.values()) < config.kills:
         rounds += 1
-        victim = Victim(f"victim-{rounds}", runs_dir, config)
+        victim = Victim(f"victim-{rounds}", runs_dir, "reason", flags)
         while True:
             budget = config.kills - sum(killed.values())
             wait = rng.uniform(1.0, config.longest_wait_s) if budget else None
@@ -107,7 +113,7 @@ def main(config: Config) -> None:
                 killed[target] += 1
                 print(killed, flush=True)
                 continue
-            if code:
+            if not victim.finished():
                 problems.append(f"round {rounds} ended with exit code {code}")
             break
         problems += [f"round {rounds}: {text}" for text in differences(reference.directory, victim.directory)]

@@ -4,7 +4,7 @@
         tensors.safetensors   torch tensors, bf16 included
         arrays.safetensors    numpy arrays
         state.json            the rest of the tree, with references into the two files above
-        manifest.json         step, score, wall-clock seconds, and size and SHA-256 of each file
+        manifest.json         step, score, wall-clock seconds, lines of metrics, and size and SHA-256 of each file
 
 A checkpoint is written under a hidden name, flushed to the disk, and renamed: it is there whole or not at all. Should
 a file be damaged later, its digest shows it and the next older checkpoint is used. Nothing is pickled.
@@ -27,7 +27,7 @@ from launch.state_tree import FlatState, flatten, unflatten
 from models.errors import UserError
 
 TENSORS, ARRAYS, STATE, MANIFEST = "tensors.safetensors", "arrays.safetensors", "state.json", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Checkpoint:
     attempt: int  # a step saved again, after a resume, does not overwrite the first one
     score: float | None
     wall_s: float  # run time until then, over all sessions of the run
+    metric_lines: int  # of metrics.jsonl until then
     files: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -66,17 +67,15 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint's manifest and check sizes. Raises ValueError saying what is missing or cut short."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if (version := manifest["format"]) != FORMAT:
+            raise UserError(f"{path} has checkpoint format {version}; this longstride reads format {FORMAT}")
         step, _, attempt = path.name.removeprefix("step-").partition(".")
-        checkpoint = Checkpoint(
-            path, int(step), int(attempt or 0), manifest["score"], manifest["wall_s"], manifest["files"]
-        )
-        version = manifest["format"]
+        fields = (manifest[name] for name in ("score", "wall_s", "metric_lines", "files"))
+        checkpoint = Checkpoint(path, int(step), int(attempt or 0), *fields)
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (json.JSONDecodeError, KeyError, ValueError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({error})") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}; this longstride reads format {FORMAT}")
     for name, expected in checkpoint.files.items():
         file = path / name
         if not file.is_file():
@@ -95,7 +94,9 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int, warn: Any = print) -> None:
         self.root, self.keep, self.warn = root, keep, warn
 
-    def save(self, step: int, state: Mapping[str, Any], score: float | None, wall_s: float) -> Path:
+    def save(
+        self, step: int, state: Mapping[str, Any], score: float | None, wall_s: float, metric_lines: int = 0
+    ) -> Path:
         """Write atomically, then drop what need not be kept.
 
         Raises UserError if the disk is full or refuses, TypeError for a leaf that is not data; either way the
@@ -107,7 +108,7 @@ class CheckpointStore:
             draft = self.root / f".draft-{step}-{os.getpid()}"
             draft.mkdir(parents=True)
             try:
-                self._write(draft, flat, step, score, wall_s)
+                self._write(draft, flat, {"step": step, "score": score, "wall_s": wall_s, "metric_lines": metric_lines})
                 target = self._free_name(step)
                 draft.rename(target)
             except BaseException:
@@ -130,7 +131,7 @@ class CheckpointStore:
             self.warn(f"skipping the damaged checkpoint {path}: {problem}")
         return None
 
-    def _write(self, draft: Path, flat: FlatState, step: int, score: float | None, wall_s: float) -> None:
+    def _write(self, draft: Path, flat: FlatState, facts: Mapping[str, Any]) -> None:
         safetensors.torch.save_file(flat.tensors, draft / TENSORS)
         safetensors.numpy.save_file(flat.arrays, draft / ARRAYS)
         (draft / STATE).write_text(json.dumps(flat.tree))
@@ -139,7 +140,7 @@ class CheckpointStore:
             with (draft / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[name] = {"bytes": (draft / name).stat().st_size, "sha256": digest}
-        manifest = {"format": FORMAT, "step": step, "score": score, "wall_s": wall_s, "files": files}
+        manifest = {"format": FORMAT, **facts, "files": files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*files, MANIFEST):
             sync_file(draft / name)

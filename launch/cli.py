@@ -22,10 +22,10 @@ import tyro
 import yaml
 
 from launch import jobs
-from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, nearest, parse, read_recipe
+from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
 from launch.console import RunConsole
 from launch.run_directory import RunDirectory
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 USER_ERROR = 2
 

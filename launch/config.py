@@ -6,20 +6,19 @@ Whatever is wrong becomes one UserError line that names the key.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -54,20 +53,6 @@ class TrainOptions:
     """YAML file, or the name of a recipe that comes with longstride."""
     dry_run: bool = False
     """Print the resolved configuration and the placement plan, and stop."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name closest to a mistyped one; for `lr` also a nested `rl.lr`."""
-
-    def closeness(candidate: str) -> float:
-        last = candidate.rpartition(".")[2]
-        return max(_similarity(name, candidate), 0.99 * _similarity(name.rpartition(".")[2], last))
-
-    return max(known, key=closeness)
-
-
-def _similarity(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def combine(title: str, **parts: type) -> type:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config import nearest
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,28 @@ class Job:
         return planner(config) if planner else []
 
 
+def _in(module: str, config: str, extra: str = "") -> Job:
+    """A job whose config and functions lie in one module."""
+    return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra)
+
+
 JOBS: dict[str, Job] = {
+    # language models
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
-    "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
-    "detr": Job(
-        "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
-    ),
+    # control
+    "qac": _in("agents.qac", "QACConfig"),
+    "a2c": _in("agents.a2c", "A2CConfig"),
+    "trpo": _in("agents.trpo", "TRPOConfig"),
+    "ppo": _in("agents.ppo", "PPOConfig"),
+    "offpac": _in("agents.offpac", "OffPACConfig"),
+    "ddpg": _in("agents.ddpg", "DDPGConfig"),
+    "td3": _in("agents.td3", "TD3Config"),
+    "sac": _in("agents.sac", "SACConfig"),
+    # vision
+    "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
+    "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
+    "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
     "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
 }
 

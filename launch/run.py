@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 
 class ActorDied(ConnectionError):
     """The process of an actor ended, or a call ran past its time limit and the actor was ended.
@@ -105,6 +107,11 @@ class Run(Protocol):
     def record(self, step: int, kind: str, rows: "list[dict[str, Any]]") -> None:
         """Write rows (completions with their rewards) to rollouts/<step>-<kind>.jsonl, whole and atomically: what an
         interrupted attempt at the same step left there is replaced."""
+        ...
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Write images (N, H, W, 3) uint8 as one picture to images/<step>-<name>.png and to TensorBoard; `name` may
+        have slashes, as metrics do."""
         ...
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:

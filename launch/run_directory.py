@@ -1,7 +1,7 @@
 """The folder of one run: where each thing is, and who may write to it.
 
 runs/latest -> <name>
-runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollouts/  logs/
+runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollouts/  images/  logs/
 """
 
 import fcntl
@@ -13,9 +13,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from launch.config import nearest
 from launch.disk import refusals_explained, write_atomically
-from models.errors import UserError
+from models.errors import UserError, nearest
 
 
 class RunDirectory:
@@ -27,6 +26,7 @@ class RunDirectory:
         self.tensorboard = root / "tb"
         self.checkpoints = root / "checkpoints"
         self.rollouts = root / "rollouts"
+        self.images = root / "images"
         self.logs = root / "logs"
         self._lock: TextIO | None = None
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from launch.checkpoint import Checkpoint, CheckpointStore
 from launch.config import RunConfig
 from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
+from launch.images import grid, write_png
 from launch.metrics import MetricsFiles
 from launch.run import ActorGroup, Shared
 from launch.run_directory import RunDirectory
@@ -53,7 +56,7 @@ class Runtime:
         self._files.lock()
         self._files.point_latest()
         self._store = CheckpointStore(self._files.checkpoints, self._settings.keep_checkpoints, self.console.print)
-        self._metrics = MetricsFiles(self._files, self.started_from)
+        self._metrics = MetricsFiles(self._files, self._checkpoint)
         self.summarize({})
 
     # Actors
@@ -92,6 +95,17 @@ class Runtime:
         with refusals_explained(path, "write"):
             write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        picture = grid(images)
+        path = self._files.images / f"{step}-{name.replace('/', '-')}.png"
+        with refusals_explained(path, "write"):
+            path.parent.mkdir(exist_ok=True)
+            write_png(path, picture)
+            self._show(step, name, picture)
+
+    def _show(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._metrics.write_picture(step, name, picture)
+
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
         self._summarized.update({name: float(value) for name, value in metrics.items()})
         self._files.write_summary(
@@ -114,7 +128,7 @@ class Runtime:
     # State
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
-        self._store.save(step, state, score, self._wall_s())
+        self._store.save(step, state, score, self._wall_s(), self._metrics.lines)
 
     def restore(self) -> dict[str, Any] | None:
         return self._checkpoint.load() if self._checkpoint else None
@@ -159,6 +173,9 @@ class EvaluationRuntime(Runtime):
 
     def log(self, step: int, metrics: Mapping[str, float], total: int | None = None) -> None:
         self.console.step(step, {name: float(value) for name, value in metrics.items()}, total)
+
+    def _show(self, step: int, name: str, picture: np.ndarray) -> None:
+        pass  # TensorBoard's files are part of the history
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
         raise RuntimeError("an evaluation does not save checkpoints")

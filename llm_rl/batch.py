@@ -1,4 +1,5 @@
-"""From samples to packed batches. T tokens of all sequences, N predicted tokens, S sequences.
+"""From samples to packed batches. T tokens of all sequences, N predicted tokens, S sequences; L mixture layers, K
+experts per token.
 
 A sequence of P prompt and C completion tokens enters as its first P+C-1 tokens; the last C of those positions
 predict the completion. Only they are carried to the output head.
@@ -7,6 +8,7 @@ predict the completion. Only they are carried to the output head.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class Sample:
     advantage: float = 0.0  # reward minus the group's baseline
     group: int = 0  # samples of one problem share a group
     reward: float = 0.0
+    experts: np.ndarray | None = None  # [len, L, K]: what the rollout's routers chose, to be used again
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) - 1
@@ -37,6 +40,7 @@ class PackedBatch:
     sequence_N: Tensor  # sequence that each predicted token belongs to
     sampler_N: Tensor  # log-probability under the sampler
     advantage_S: Tensor
+    replay_TLK: Tensor | None  # int64: experts of each token in each mixture layer, if they are given
 
 
 def pack(samples: Sequence[Sample], device: torch.device | str) -> PackedBatch:
@@ -61,7 +65,17 @@ def pack(samples: Sequence[Sample], device: torch.device | str) -> PackedBatch:
         sequence_N=torch.tensor(sequence, device=device),
         sampler_N=torch.tensor(sampler, device=device, dtype=torch.float32),
         advantage_S=torch.tensor([sample.advantage for sample in samples], device=device, dtype=torch.float32),
+        replay_TLK=_replay(samples, device),
     )
+
+
+def _replay(samples: Sequence[Sample], device: torch.device | str) -> Tensor | None:
+    given = [sample.experts for sample in samples if sample.experts is not None]
+    if not given:
+        return None
+    if [len(experts) for experts in given] != [len(sample) for sample in samples]:
+        raise ValueError("the experts of every token of every sample are needed to replay them")
+    return torch.from_numpy(np.concatenate(given)).to(device, torch.int64)
 
 
 def microbatches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[int]]:

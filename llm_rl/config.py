@@ -19,18 +19,29 @@ class PolicyConfig:
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # of the router
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1  # groups of experts; a token's experts come from its best topk_group groups
+    topk_group: int = 1
+    router_selection_bias: bool = False  # balance by a bias instead of a loss: also set learner.router_aux_loss_coef 0
     shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = True
+    expert_capacity_factor: float | None = None  # in SFT, drop what an expert has no room for; None: drop nothing
     max_position_embeddings: int = 1024
     tie_word_embeddings: bool = True
 
 
 @dataclass
 class LoRASettings:
-    """rank 0 updates every weight; a positive rank trains low-rank adapters of the named linear layers."""
+    """rank 0 updates every weight; a positive rank trains low-rank adapters (models/language/lora_layers.py)."""
 
     rank: int = 0
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # or all-linear, experts.gate_up_proj, ...
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
+    use_dora: bool = False  # train the length of each row apart from its direction
+    init: Literal["uniform", "pissa"] = "uniform"  # pissa: from the weights' first singular vectors
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
 
 
 @dataclass
@@ -41,8 +52,10 @@ class LearnerConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
-    router_aux_loss_coef: float = 0.01  # Switch load-balancing loss
+    router_aux_loss_coef: float = 0.01  # Switch load-balancing loss over a micro-batch
+    router_sequence_loss_coef: float = 0.0  # the same loss within each sequence
     router_z_loss_coef: float = 0.0
+    router_bias_rate: float = 0.001  # step of a selection bias, for policies that have one; 0 leaves it as it is
     threads: int = 2  # CPU threads of the learner
     gpu_share: float = 0.4  # share of a GPU that Ray accounts to the learner
     timeout_s: float = 3600.0  # a step that takes longer ends the job; its state is in the last checkpoint
@@ -73,6 +86,7 @@ class SFTConfig:
     warmup: int = 20
     final_lr_ratio: float = 0.1  # cosine decay to this share of lr
     direct_share: float = 0.0  # share of the examples that answer at once, with nothing between the thinking marks
+    lora: LoRASettings = field(default_factory=LoRASettings)  # folded into the weights when the phase ends
 
 
 @dataclass
@@ -89,6 +103,7 @@ class RLConfig:
     tau: float = 0.1  # weight of the pull towards the iteration's reference policy
     temperature: float = 1.0
     max_tokens: int = 128  # new tokens per completion
+    router_replay: bool = False  # the learner sends every token to the experts that the rollout chose (R3)
     importance_cap: float = 2.0  # truncation of the learner/sampler importance ratio
     length_reward: float = 0.0  # weight of the length reward; 0 leaves it off
     length_reward_from: int = 0  # iteration at which the length reward starts

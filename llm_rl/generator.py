@@ -1,8 +1,10 @@
 """What a rollout worker asks of whatever samples text. vLLM and plain torch both implement it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from models.errors import UserError
 from models.language.config import LanguageConfig
@@ -26,6 +28,9 @@ class Completion:
     logprobs: list[float]  # of each token, when it was sampled
     finish: str  # "stop" or "length"
     version: int  # version of the weights that sampled it
+    # What the routers chose for each token that was read (prompt and completion but its last token) in each mixture
+    # layer: uint8 (int16 for more than 256 experts) [P + C - 1, L, K]. None unless the generator records it.
+    experts: np.ndarray | None = field(default=None, compare=False)
 
 
 class Generator(Protocol):

@@ -5,7 +5,7 @@ accumulates gradients over them and steps.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatc
 from llm_rl.optimizer import MasterAdamW
 from llm_rl.weights import CudaExport, export
 from models.errors import UserError
+from models.language.balancing import (
+    ExpertLoad,
+    load_balancing_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+    update_selection_bias,
+)
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoraConfig, attach
-from models.language.moe import RouterRecord, expert_load, load_balancing_loss, router_z_loss
+from models.language.lora import LoraConfig, adapter_names, attach, fold, learning_rate_ratios
+from models.language.peft_folder import save_adapter
+from models.language.router import RouterTrace
 
 
 class Learner:
@@ -32,30 +40,49 @@ class Learner:
         self.optimizer = self._optimizer()
         self.export = export if device == "cpu" else CudaExport()
 
-    def _optimizer(self) -> MasterAdamW:
+    def _optimizer(self, lr_multipliers: Mapping[str, float] | None = None) -> MasterAdamW:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return MasterAdamW(named, (self.config.beta1, self.config.beta2), self.config.weight_decay)
+        config = self.config
+        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, lr_multipliers)
 
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
         if settings.rank:
-            attach(self.model, LoraConfig(settings.rank, settings.alpha, settings.targets), seed)
+            config = LoraConfig(
+                settings.rank, settings.alpha, settings.targets, settings.use_rslora, settings.use_dora, settings.init
+            )
+            attach(self.model, config, seed)
+            self.optimizer = self._optimizer(learning_rate_ratios(self.model, settings.b_lr_ratio))
+
+    def fold_lora(self) -> None:
+        """Make the adapters part of the weights, and train every weight from here on."""
+        if adapter_names(self.model):
+            fold(self.model)
             self.optimizer = self._optimizer()
 
-    def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, list[RouterRecord]]:
-        trace: list[RouterRecord] = []
+    def _forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, RouterTrace]:
+        trace = RouterTrace(batch.replay_TLK)
         hidden_TD = self.model(batch.tokens_T, batch.packing, trace=trace)
         return token_logprobs(hidden_TD[batch.predict_N], self.model.head_weight, batch.targets_N, temperature), trace
 
-    def _router_loss(self, trace: list[RouterRecord]) -> Tensor | float:
-        config = self.config
-        if not trace:
-            return 0.0
-        loss = config.router_aux_loss_coef * load_balancing_loss(trace)
-        return loss + config.router_z_loss_coef * router_z_loss(trace) if config.router_z_loss_coef else loss
+    def _router_loss(self, trace: RouterTrace, batch: PackedBatch) -> Tensor | float:
+        config, records = self.config, trace.records
+        loss: Tensor | float = 0.0
+        if not records:
+            return loss
+        if config.router_aux_loss_coef:
+            loss = loss + config.router_aux_loss_coef * load_balancing_loss(records)
+        if config.router_sequence_loss_coef:
+            packing = batch.packing
+            balance = sequence_balancing_loss(records, packing.sequence_T, len(packing.lengths))
+            loss = loss + config.router_sequence_loss_coef * balance
+        if config.router_z_loss_coef:
+            loss = loss + config.router_z_loss_coef * router_z_loss(records)
+        return loss
 
-    def _step(self, lr: float, step: int) -> float:
-        """Clip and step; refuse a gradient that is not finite, so that the weights stay as they were."""
+    def _step(self, lr: float, step: int, load: ExpertLoad) -> float:
+        """Clip and step; refuse a gradient that is not finite, so that the weights stay as they were. Then the routers'
+        selection biases follow the load of the step."""
         norm = self.optimizer.clip(self.config.max_grad_norm)
         if norm != norm or norm == float("inf"):
             self.optimizer.zero_grad()
@@ -64,23 +91,32 @@ class Learner:
                 "kept: train again with a lower learning rate or a larger --rl.tau"
             )
         self.optimizer.step(lr)
+        biased = [router for router in self.model.routers() if router.has_bias and router.weight.requires_grad]
+        if biased and self.config.router_bias_rate:
+            update_selection_bias(biased, load, self.config.router_bias_rate)
         return norm
 
     def sft_step(self, samples: Sequence[Sample], lr: float, step: int) -> dict[str, float]:
-        """Optimizer step number `step` on worked solutions: mean negative log-likelihood per completion token."""
+        """Optimizer step number `step` on worked solutions: mean negative log-likelihood per completion token.
+
+        The one place where an expert's capacity counts: policy optimisation compares a token's log-probabilities from
+        different batches, and what is dropped depends on the batch.
+        """
+        self.model.train()
         total_tokens = sum(len(sample.completion) for sample in samples)
         lots = list(microbatches(samples, self.config.tokens_per_microbatch))
-        loss_sum = 0.0
-        trace: list[RouterRecord] = []
+        loss_sum, load = 0.0, ExpertLoad()
         for lot in lots:
             batch = pack([samples[i] for i in lot], self.device)
             logprobs_N, trace = self._forward(batch)
             loss = -logprobs_N.sum() / total_tokens
-            (loss + self._router_loss(trace) / len(lots)).backward()
+            (loss + self._router_loss(trace, batch) / len(lots)).backward()
             self.optimizer.gather()
+            load += ExpertLoad.of(trace.records)
             loss_sum += loss.item()
-        norm = self._step(lr, step)
-        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_load(trace)}
+        norm = self._step(lr, step, load)
+        self.model.eval()
+        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_figures(load)}
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
@@ -103,11 +139,11 @@ class Learner:
         metrics = mismatch(torch.cat(reference), torch.cat(sampler))
         objective = OBJECTIVES[config.objective]
         losses, norms, weights = [], [], []
-        trace: list[RouterRecord] = []
+        total_load = ExpertLoad()
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
-            loss_sum = 0.0
+            loss_sum, load = 0.0, ExpertLoad()
             for lot in lots:
                 packed = pack([minibatch[i] for i in lot], self.device)
                 logprobs_N, trace = self._forward(packed, config.temperature)
@@ -121,11 +157,13 @@ class Learner:
                 )
                 weight_N = importance_weight(batch.reference_N, batch.sampler_N, config.importance_cap)
                 loss = objective(batch, weight_N, config.tau)
-                (loss + self._router_loss(trace) / len(lots)).backward()
+                (loss + self._router_loss(trace, packed) / len(lots)).backward()
                 self.optimizer.gather()
+                load += ExpertLoad.of(trace.records)
                 loss_sum += loss.item()
                 weights.append(weight_N.mean().item())
-            norms.append(self._step(lr, step))
+            norms.append(self._step(lr, step, load))
+            total_load += load
             losses.append(loss_sum)
         metrics |= {
             "train/lr": lr,
@@ -135,7 +173,7 @@ class Learner:
             "train/entropy": -torch.cat(sampler).mean().item(),  # of the sampled tokens: E[-log π] = H
             "train/tokens": float(sum(len(s.completion) for s in samples)),
         }
-        return metrics | _load(trace)
+        return metrics | _figures(total_load)
 
     def weights(self) -> dict[str, Any]:
         """The policy under checkpoint names, adapters merged, for the generators."""
@@ -147,11 +185,12 @@ class Learner:
         if self.device != "cpu":
             state = _to_host(state)
         frozen = {name: p.detach().cpu() for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen |= {name: bias.detach().cpu() for name, bias in self.model.named_buffers()}  # of routers
         return {"optimizer": state, "frozen": frozen}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        named = dict(self.model.named_parameters())
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, value in state["frozen"].items():
             named[name].copy_(torch.as_tensor(value))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -159,6 +198,10 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder (adapters merged) with the tokenizer that came with the policy."""
         save_pretrained(self.model, folder, tokenizer_files_from=self.folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapters alone, as a PEFT folder that belongs to the model that the learner began with."""
+        save_adapter(self.model, folder, base_model=str(self.folder.resolve()))
 
 
 def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iterator[list[int]]:
@@ -173,8 +216,8 @@ def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iter
         yield [index for key in keys[number::minibatches] for index in groups[key]]
 
 
-def _load(trace: list[RouterRecord]) -> dict[str, float]:
-    return {f"moe/{name}": value for name, value in expert_load(trace).items()} if trace else {}
+def _figures(load: ExpertLoad) -> dict[str, float]:
+    return {f"moe/{name}": value for name, value in load.metrics().items()}
 
 
 def _to_host(tree: Any) -> Any:

@@ -16,9 +16,19 @@ ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not 
 
 
 class RolloutWorker:
-    """One engine in one process. `context` is the longest prompt plus completion, in tokens."""
+    """One engine in one process. `context` is the longest prompt plus completion, in tokens. With `record_experts`
+    completions carry what the policy's routers chose."""
 
-    def __init__(self, folder: Path, engine: str, config: RolloutConfig, device: str, context: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: str,
+        config: RolloutConfig,
+        device: str,
+        context: int,
+        seed: int,
+        record_experts: bool = False,
+    ) -> None:
         self.generator: Generator
         if engine == "vllm":
             from llm_rl.vllm_engine.generator import VLLMGenerator
@@ -32,6 +42,7 @@ class RolloutWorker:
                 kv_cache_gib=config.kv_cache_gib,
                 enforce_eager=config.enforce_eager,
                 seed=seed,
+                record_experts=record_experts,
             )
         else:
             from llm_rl.torch_generator import TorchGenerator
@@ -42,6 +53,7 @@ class RolloutWorker:
                 dtype=config.dtype,
                 max_model_len=context,
                 max_num_seqs=config.max_num_seqs,
+                record_experts=record_experts,
             )
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:

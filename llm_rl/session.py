@@ -44,13 +44,17 @@ class Attempt:
 
 
 class Session:
-    def __init__(self, config: LanguageJob, run: "Run", max_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, config: LanguageJob, run: "Run", max_tokens: int, temperature: float, record_experts: bool = False
+    ) -> None:
         self.config, self.run, self.temperature = config, run, temperature
         self.sets = load_problem_sets(config, run.seed)
         self.folder = policy_folder(
             config.model, config.policy, self.sets.sft or self.sets.train, run.directory / "policy" / "init", run.seed
         )
         language = read_config(self.folder)
+        if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
+            raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
         self.dialogue = Dialogue(self.folder, config.system_prompt)
         self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
@@ -77,6 +81,7 @@ class Session:
             run.device,
             context,
             run.seed,
+            record_experts,
             name="rollout",
         )
         self.verifiers = VerifierPool(config.verifier_workers, config.verifier_timeout_s)

@@ -1,9 +1,11 @@
 """Generator in plain torch: for machines without vLLM, and what vLLM is checked against."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from llm_rl.generator import Completion, SamplingConfig, context_length, require
 from models.language.cache import Cache
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained
 from models.language.packing import Packing
+from models.language.router import RouterTrace
 from models.seeding import derive_seed
 
 
@@ -29,13 +32,16 @@ class TorchGenerator:
         dtype: str = "float32",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
+        record_experts: bool = False,
         version: int = 0,
     ) -> None:
-        """max_model_len: longest prompt plus completion, the model's own limit if None. Raises UserError for a model
-        folder that cannot be read, or a max_model_len beyond that limit."""
+        """max_model_len: longest prompt plus completion, the model's own limit if None. record_experts: completions
+        carry what the routers chose. Raises UserError for a model folder that cannot be read, or a max_model_len beyond
+        that limit."""
         self.model = load_pretrained(model_folder, getattr(torch, dtype), device).requires_grad_(False)
         self.max_model_len = context_length(self.model.config, max_model_len)
         self.max_num_seqs = max_num_seqs
+        self.record_experts = record_experts
         self.version = version
         self.device = device
 
@@ -60,7 +66,7 @@ class TorchGenerator:
         done = [Completion([], [], "length", self.version) for _ in prompts]
         if sampling.max_tokens < 1:
             return done
-        cache, hidden_BD = self._read(prompts, sampling.max_tokens)
+        cache, hidden_BD, experts = self._read(prompts, sampling.max_tokens)
         active = list(range(len(prompts)))
         while True:
             tokens_B, logprobs_B = sample(self.model.logits(hidden_BD), sampling.temperature, generator)
@@ -74,15 +80,23 @@ class TorchGenerator:
                 elif len(completion.tokens) < sampling.max_tokens:
                     staying.append(slot)
             if not staying:
-                return done
+                break
             if len(staying) < len(active):
                 cache.select(staying)
                 tokens_B = tokens_B[staying]
                 active = [active[slot] for slot in staying]
-            hidden_BD = self.model(tokens_B, Packing.of([1] * len(active), self.device), cache)
+            trace = RouterTrace()
+            hidden_BD = self.model(tokens_B, Packing.of([1] * len(active), self.device), cache, trace)
+            if self.record_experts:
+                for owner, row in zip(active, self._chosen(trace)):
+                    experts[owner].append(row[None])
+        if self.record_experts:
+            done = [replace(completion, experts=np.concatenate(rows)) for completion, rows in zip(done, experts)]
+        return done
 
-    def _read(self, prompts: list[Sequence[int]], max_tokens: int) -> tuple[Cache, Tensor]:
-        """The cache of all prompts, and the hidden state after each prompt's last token, [B, D]."""
+    def _read(self, prompts: list[Sequence[int]], max_tokens: int) -> tuple[Cache, Tensor, list[list[np.ndarray]]]:
+        """The cache of all prompts, the hidden state after each prompt's last token [B, D], and the experts of each
+        prompt's tokens if they are recorded."""
         unique: list[Sequence[int]] = []
         rows = []
         for prompt in prompts:
@@ -93,11 +107,21 @@ class TorchGenerator:
         tokens_T = torch.tensor([token for prompt in unique for token in prompt], device=self.device)
         packing = Packing.of(lengths, self.device)
         cache = self.model.empty_cache(len(unique), max(lengths) + max_tokens)
-        hidden_TD = self.model(tokens_T, packing, cache)
+        trace = RouterTrace()
+        hidden_TD = self.model(tokens_T, packing, cache, trace)
+        experts: list[list[np.ndarray]] = []
+        if self.record_experts:
+            chosen = np.split(self._chosen(trace), packing.cu_seqlens[1:-1].tolist())
+            experts = [[chosen[row]] for row in rows]
         last_B = packing.cu_seqlens[1:].long() - 1
         if len(rows) > len(unique):
             cache.select(rows)
-        return cache, hidden_TD[last_B[rows]]
+        return cache, hidden_TD[last_B[rows]], experts
+
+    def _chosen(self, trace: RouterTrace) -> np.ndarray:
+        """[T, L, K], in the smallest type that holds an expert's number."""
+        dtype = torch.uint8 if self.model.config.num_experts <= 256 else torch.int16
+        return torch.stack([record.experts_TK.to(dtype) for record in trace.records], 1).cpu().numpy()
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         load_checkpoint_tensors(self.model, weights.tensors(named), "weight update")

@@ -12,10 +12,23 @@ class UserError(Exception):
     """
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name closest to a mistyped one; for `lr` also a nested `rl.lr`."""
+    return max(known, key=lambda candidate: _closeness(name, candidate))
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`: offers the nearest one, or all of them if none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return UserError(
-        f"unknown {what} `{name}`: " + (f"did you mean `{near[0]}`?" if near else f"use {', '.join(known)}")
-    )
+    near = nearest(name, known)
+    hint = f"did you mean `{near}`?" if _closeness(name, near) >= 0.5 else f"use {', '.join(known)}"
+    return UserError(f"unknown {what} `{name}`: {hint}")
+
+
+def _closeness(name: str, candidate: str) -> float:
+    last = candidate.rpartition(".")[2]
+    return max(_similarity(name, candidate), 0.99 * _similarity(name.rpartition(".")[2], last))
+
+
+def _similarity(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from llm_rl import weights
 from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
+from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
 
@@ -36,13 +38,15 @@ class VLLMGenerator:
         kv_cache_gib: float = 0.5,
         enforce_eager: bool = True,
         seed: int = 0,
+        record_experts: bool = False,
         version: int = 0,
     ) -> None:
         """
         max_model_len: longest prompt plus completion; the model's own limit if None.
         max_num_seqs: sequences decoded at once. max_num_batched_tokens: tokens of one engine step; longer prompts
         are read in several steps. kv_cache_gib: memory for keys, values and states. enforce_eager: on a GPU, do not
-        compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager.
+        compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager. record_experts:
+        completions carry what the routers chose, which vLLM cannot tell on the CPU.
 
         Raises UserError if vLLM is missing, cannot use the device or refuses the settings, or the folder cannot be
         read.
@@ -54,6 +58,8 @@ class VLLMGenerator:
         self.version = version
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
+        self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16
+        self._mixtures = [i for i in range(config.num_hidden_layers) if config.is_moe(i)] if record_experts else []
         try:
             self._engine = vllm.LLM(
                 model=str(model_folder),
@@ -65,9 +71,10 @@ class VLLMGenerator:
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
                 enable_prefix_caching=False,  # a cached prefix rounds differently: no call would repeat itself
                 enforce_eager=enforce_eager or device == "cpu",
-                compilation_config=_OWN_MODEL_GRAPHS if config.model_type == "longstride" else {},
+                compilation_config=_OWN_MODEL_GRAPHS if config.model_type in SERVED_HERE else {},
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the folder
+                enable_return_routed_experts=record_experts,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=seed,
@@ -75,6 +82,7 @@ class VLLMGenerator:
         except ValueError as error:  # vLLM's word for settings that cannot work
             reason = " ".join(str(error).split())
             mend = "; raise kv_cache_gib or lower max_model_len" if "KV cache" in reason else ""
+            mend += "; choose --engine torch to record experts" if "routed-experts" in reason else ""
             raise UserError(f"vLLM refuses these settings: {reason}{mend}") from None
 
     def generate(
@@ -94,12 +102,24 @@ class VLLMGenerator:
         )
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._engine.generate(requests, parameters, use_tqdm=False)
-        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+        return [
+            [self._completion(sample, len(prompt)) for sample in output.outputs]
+            for output, prompt in zip(outputs, prompts, strict=True)
+        ]
 
-    def _completion(self, sample: Any) -> Completion:
+    def _completion(self, sample: Any, prompt_length: int) -> Completion:
         tokens = list(sample.token_ids)
         logprobs = [candidates[token].logprob for token, candidates in zip(tokens, sample.logprobs, strict=True)]
-        return Completion(tokens, logprobs, sample.finish_reason, self.version)
+        return Completion(tokens, logprobs, sample.finish_reason, self.version, self._experts(sample, prompt_length))
+
+    def _experts(self, sample: Any, prompt_length: int) -> np.ndarray | None:
+        """[P + C - 1, L, K] of the mixture layers; vLLM reports all layers."""
+        if not self._mixtures:
+            return None
+        experts, read = sample.routed_experts[:, self._mixtures], prompt_length + len(sample.token_ids) - 1
+        if len(experts) != read:
+            raise RuntimeError(f"vLLM reported the experts of {len(experts)} tokens where it read {read}")
+        return experts.astype(self._expert_dtype)
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
@@ -141,7 +161,5 @@ def _import_vllm(device: str) -> Any:
             f"this vLLM runs on {current_platform.device_type or 'no device found here'}, not on {device}; "
             f"choose --device {current_platform.device_type or 'cpu'} or --engine torch"
         )
-    from llm_rl.vllm_engine.plugin import register
-
     register()  # vLLM calls the entry point itself; this serves a checkout that is not installed
     return vllm

@@ -1,4 +1,4 @@
-"""The decoder inside vLLM: vLLM's projections, paged attention and fused experts; our norms and linear attention."""
+"""The decoder inside vLLM: vLLM's projections, paged attention and fused experts; our norms and recurrent mixers."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -28,15 +28,24 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.sequence import IntermediateTensors
 
-from llm_rl.vllm_engine.linear_layer import LinearAttentionLayer, state_shape
+from llm_rl.vllm_engine.config import language_config
+from llm_rl.vllm_engine.recurrent_layer import RecurrentLayer, state_shape
+from llm_rl.vllm_engine.sparse_layer import SparseAttention
 from models.errors import UserError
 from models.language.config import LanguageConfig
-from models.language.norm import RMSNorm
+from models.language.mixers import MIXERS
+from models.language.norm import Residual, RMSNorm, final_norm, layer_norm
+from models.language.parametrisation import head_multiplier
+from models.language.query_scale import QueryScale
+from models.language.recurrent import RecurrentMixer
 
 
 class SoftmaxAttentionLayer(nn.Module):
-    def __init__(self, config: LanguageConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    """vLLM's own attention for full and sliding windows, ours for the patterns that it does not have."""
+
+    def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        kind = config.mixer_kind(layer)
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim = size
@@ -45,17 +54,23 @@ class SoftmaxAttentionLayer(nn.Module):
         self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.query_scale = QueryScale(config, reads_all=kind == "full_attention")
         self.rotary = get_rope(
             size, max_position=config.max_position_embeddings, rope_parameters=config.to_hf()["rope_parameters"]
         )
-        self.attn = Attention(
-            heads,
-            size,
-            size**-0.5,
-            num_kv_heads=kv_heads,
-            cache_config=vllm_config.cache_config,
-            prefix=f"{prefix}.attn",
-        )
+        self.attn: nn.Module
+        if kind in ("strided_attention", "fixed_attention"):
+            self.attn = SparseAttention(config, layer, vllm_config, f"{prefix}.attn")
+        else:
+            self.attn = Attention(
+                heads,
+                size,
+                size**-0.5,
+                num_kv_heads=kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=config.sliding_window if kind == "sliding_attention" else None,
+                prefix=f"{prefix}.attn",
+            )
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(x_TD)
@@ -63,6 +78,7 @@ class SoftmaxAttentionLayer(nn.Module):
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary(positions, q, k)
+        q = self.query_scale(q.unflatten(-1, (-1, self.head_dim)), positions).flatten(-2)
         y_TD, _ = self.o_proj(self.attn(q, k, v))
         return y_TD
 
@@ -90,43 +106,70 @@ class MixtureOfExperts(nn.Module):
         self.gate = ReplicatedLinear(
             hidden, config.num_experts, bias=False, params_dtype=torch.float32, prefix=f"{prefix}.gate"
         )
+        bias = None
+        if config.router_selection_bias:
+            bias = nn.Parameter(torch.zeros(config.num_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.e_score_correction_bias = bias
+        # vLLM's grouped router also knows sigmoid scores, the bias and the scaling, on every device; one group will do.
+        grouped = config.scoring_func != "softmax" or bias is not None or config.routed_scaling_factor != 1
         self.experts = FusedMoE(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
             hidden_size=hidden,
             intermediate_size=config.moe_intermediate_size,
             renormalize=config.norm_topk_prob,
+            scoring_func=config.scoring_func,
+            use_grouped_topk=grouped or config.n_group > 1,
+            num_expert_group=config.n_group,
+            topk_group=config.topk_group,
+            routed_scaling_factor=config.routed_scaling_factor,
+            e_score_correction_bias=bias,
             prefix=f"{prefix}.experts",
         )
         self.shared_expert: DenseMLP | None = None
+        self.shared_expert_gate: ReplicatedLinear | None = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = DenseMLP(hidden, config.shared_expert_intermediate_size, f"{prefix}.shared_expert")
-            self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
+            if config.shared_expert_gate:
+                self.shared_expert_gate = ReplicatedLinear(hidden, 1, bias=False, prefix=f"{prefix}.shared_expert_gate")
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TE, _ = self.gate(x_TD.float())
         shared_TD: Tensor | float = 0.0
         if self.shared_expert is not None:  # before the experts, which may reuse x as their workspace
-            gate, _ = self.shared_expert_gate(x_TD)
-            shared_TD = gate.sigmoid() * self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                gate, _ = self.shared_expert_gate(x_TD)
+                shared_TD = gate.sigmoid() * shared_TD
         return self.experts(hidden_states=x_TD, router_logits=logits_TE) + shared_TD
 
 
 class Layer(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        kinds = {"full_attention": SoftmaxAttentionLayer, "linear_attention": LinearAttentionLayer}
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = kinds[config.mixer_kind(layer)](config, vllm_config, f"{prefix}.self_attn")
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        mixer = (
+            RecurrentLayer if issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer) else SoftmaxAttentionLayer
+        )
+        self.input_layernorm = layer_norm(config)
+        self.attention_residual = Residual(config)
+        self.self_attn = mixer(config, layer, vllm_config, f"{prefix}.self_attn")
+        self.has_mlp = config.has_mlp(layer)
+        if not self.has_mlp:
+            return
+        self.post_attention_layernorm = layer_norm(config)
+        self.mlp_residual = Residual(config)
         if config.is_moe(layer):
             self.mlp: nn.Module = MixtureOfExperts(config, f"{prefix}.mlp")
         else:
             self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD + self.self_attn(positions, self.input_layernorm(x_TD))
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        y_TD = self.self_attn(positions, self.attention_residual.read(x_TD, self.input_layernorm))
+        x_TD = self.attention_residual.add(x_TD, y_TD, self.input_layernorm)
+        if not self.has_mlp:
+            return x_TD
+        y_TD = self.mlp(self.mlp_residual.read(x_TD, self.post_attention_layernorm))
+        return self.mlp_residual.add(x_TD, y_TD, self.post_attention_layernorm)
 
 
 class Body(nn.Module):
@@ -138,20 +181,20 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(
             [Layer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = final_norm(config)
+        self.head_multiplier = head_multiplier(config)
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         for layer in self.layers:
             x_TD = layer(positions, x_TD)
-        return self.norm(x_TD)
+        return self.norm(x_TD) * self.head_multiplier
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
-    """What vLLM builds for a folder whose architecture is "LongstrideForCausalLM"."""
+    """What vLLM builds for a folder of ours, and for the families that plugin.SERVED_HERE names."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # merged parameter: its parts in a checkpoint
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "qkvg_proj": ["q_proj", "k_proj", "v_proj", "g_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
@@ -160,7 +203,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("longstride models run on one GPU in vLLM; set tensor_parallel_size to 1")
         self.config = vllm_config.model_config.hf_config
-        language = self.config.language
+        language = language_config(self.config)
         self.num_experts = language.num_experts
         self.model = Body(language, vllm_config, f"{prefix}.model" if prefix else "model")
         if language.tie_word_embeddings:
@@ -171,8 +214,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        config = vllm_config.model_config.hf_config
-        return state_shape(config.num_attention_heads, config.head_dim)
+        return state_shape(language_config(vllm_config.model_config.hf_config))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -208,6 +250,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
             experts = fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
         loaded = set()
         for name, tensor in weights:
+            name = name.replace(".shared_experts.", ".shared_expert.")  # of dots1
             if name == "lm_head.weight" and self.lm_head is self.model.embed_tokens:
                 continue
             target, arguments = self._place(name, parameters, experts)
@@ -230,6 +273,8 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 target = name.replace(f".{part}.", f".{merged}.")
                 if target != name and target in parameters:
                     return target, {"loaded_shard_id": "qkv"[index] if merged == "qkv_proj" else index}
+        if name not in parameters:  # a recurrent layer holds the learner's mixer whole
+            name = name.replace(".self_attn.", ".self_attn.mixer.")
         if name not in parameters:
             raise UserError(f"unexpected tensor {name}; does config.json describe this model?")
         return name, {}

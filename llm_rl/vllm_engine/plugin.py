@@ -1,14 +1,23 @@
 """The `vllm.general_plugins` entry point: vLLM calls it in each of its processes, before it reads a model."""
 
+from models.language.families import FAMILIES
+
+SERVED_HERE = ("longstride", "dots1")  # vLLM gave up its own dots1 after 0.23
+
 
 def register() -> None:
-    """Make "longstride" folders known to transformers' AutoConfig and to vLLM. Calling it again does nothing."""
+    """Make "longstride" folders known to transformers' AutoConfig, and what our model serves to vLLM. Calling it again
+    does nothing."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from llm_rl.vllm_engine.config import LongstrideConfig
 
     AutoConfig.register(LongstrideConfig.model_type, LongstrideConfig, exist_ok=True)
-    if "LongstrideForCausalLM" not in ModelRegistry.get_supported_archs():
-        # By name, so that the model's own imports wait until a longstride folder is loaded.
-        ModelRegistry.register_model("LongstrideForCausalLM", "llm_rl.vllm_engine.model:LongstrideForCausalLM")
+    known = ModelRegistry.get_supported_archs()
+    for model_type in SERVED_HERE:
+        if FAMILIES[model_type].architecture not in known:
+            # By name, so that the model's own imports wait until such a folder is loaded.
+            ModelRegistry.register_model(
+                FAMILIES[model_type].architecture, "llm_rl.vllm_engine.model:LongstrideForCausalLM"
+            )

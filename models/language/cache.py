@@ -31,10 +31,10 @@ class KeyValueCache:
 
 
 class StateCache:
-    """The recurrent state of a linear attention, float32 [B, H, C, C], whatever the length."""
+    """The recurrent state of a linear attention, float32 [B, *shape], whatever the length."""
 
-    def __init__(self, batch: int, heads: int, head_dim: int, device: torch.device) -> None:
-        self.state = torch.zeros(batch, heads, head_dim, head_dim, device=device)
+    def __init__(self, batch: int, shape: Sequence[int], device: torch.device) -> None:
+        self.state = torch.zeros(batch, *shape, device=device)
 
     def select(self, rows: Tensor) -> None:
         self.state = self.state[rows]

@@ -15,7 +15,8 @@ from torch import Tensor
 from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
-from models.language.lora import adapters
+from models.language.families import FAMILIES
+from models.language.lora import merged_weights
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -36,13 +37,14 @@ def read_config(folder: str | Path) -> LanguageConfig:
 def load_pretrained(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """Read a Qwen3, Qwen3-MoE, Llama or longstride folder. Raises UserError for anything missing, broken or misfit."""
+    """Read a folder of any of families.FAMILIES, in evaluation mode. Raises UserError for anything missing, broken or
+    misfit."""
     config = read_config(folder)
     with torch.device("meta"):  # no memory and no initialisation for weights that are about to be read
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     load_checkpoint_tensors(model, read_tensors(folder), str(folder))
-    return model
+    return model.eval()
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -64,7 +66,8 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
     Raises UserError naming the first missing, unexpected or mis-shaped tensor.
     """
-    slots = checkpoint_slots(model)
+    family = FAMILIES[model.config.model_type]
+    slots = {family.tensor_name(name): weight for name, weight in checkpoint_slots(model).items()}
     waiting = set(slots)
     for name, tensor in named:
         if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -84,30 +87,34 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
 
 
 def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:
-    """Views into the model's weights, by the names and in the pieces that a checkpoint has (one piece per expert)."""
-    slots = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        name = name if name.startswith("lm_head.") else f"model.{name}"
-        weight = parameter.detach()
-        experts, _, part = name.rpartition(".")
-        if part == "gate_up_proj":
-            for e, both in enumerate(weight):
-                slots[f"{experts}.{e}.gate_proj.weight"], slots[f"{experts}.{e}.up_proj.weight"] = both.chunk(2)
-        elif part == "down_proj":
-            for e, down in enumerate(weight):
-                slots[f"{experts}.{e}.down_proj.weight"] = down
-        else:
-            slots[name] = weight
-    return slots
+    """Views into the model's weights and its routers' biases, by the names and in the pieces of a Qwen3-MoE checkpoint
+    (one piece per expert)."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return dict(piece for name, weight in named if ".adapters." not in name for piece in _pieces(name, weight.detach()))
+
+
+def _pieces(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    name = name if name.startswith("lm_head.") else f"model.{name}"
+    experts, _, part = name.rpartition(".")
+    if part == "gate_up_proj":
+        for e, both in enumerate(weight):
+            gate, up = both.chunk(2)
+            yield f"{experts}.{e}.gate_proj.weight", gate
+            yield f"{experts}.{e}.up_proj.weight", up
+    elif part == "down_proj":
+        for e, down in enumerate(weight):
+            yield f"{experts}.{e}.down_proj.weight", down
+    else:
+        yield name, weight
 
 
 def to_checkpoint(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint names and tensors, adapters merged in. The model is left as it is; the tensors may be views of it."""
-    adapted = {f"model.{name}.weight": layer for name, layer in adapters(model).items()}
-    for name, tensor in checkpoint_slots(model).items():
-        yield name, adapted[name].merged_weight() if name in adapted else tensor
+    """Tensors by the names of the model's family, the active adapter merged in. The model is left as it is; the
+    tensors may be views of it."""
+    family = FAMILIES[model.config.model_type]
+    for name, weight in merged_weights(model):
+        for piece, tensor in _pieces(name, weight):
+            yield family.tensor_name(piece), tensor
 
 
 def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: str | Path | None = None) -> None:

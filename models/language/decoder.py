@@ -1,35 +1,34 @@
-"""The decoder: a pre-norm transformer whose layers choose their sequence mixer and their feed-forward by config."""
+"""The decoder: a transformer whose layers choose their sequence mixer and their feed-forward by config."""
 
-import math
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.language.attention import SoftmaxAttention
 from models.language.cache import Cache, LayerCache
 from models.language.config import LanguageConfig
-from models.language.linear_attention import Decay, LinearAttention
+from models.language.initialisation import initialise
+from models.language.mixers import MIXERS
 from models.language.mlp import DenseMLP
-from models.language.moe import MixtureOfExperts, RouterRecord
-from models.language.norm import RMSNorm
+from models.language.moe import MixtureOfExperts
+from models.language.norm import Residual, final_norm, layer_norm
 from models.language.packing import Packing
+from models.language.parametrisation import head_multiplier
 from models.language.rope import inverse_frequencies, rotation
-
-# A new kind is a class with the same constructor, `forward` and `empty_cache`, and its name in config.MIXER_KINDS.
-MIXERS: dict[str, type[SoftmaxAttention] | type[LinearAttention]] = {
-    "full_attention": SoftmaxAttention,
-    "linear_attention": LinearAttention,
-}
+from models.language.router import Router, RouterTrace
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = layer_norm(config)
+        self.attention_residual = Residual(config)
         self.self_attn = MIXERS[config.mixer_kind(layer)](config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.has_mlp = config.has_mlp(layer)
+        if not self.has_mlp:
+            return
+        self.post_attention_layernorm = layer_norm(config)
+        self.mlp_residual = Residual(config)
         self.is_moe = config.is_moe(layer)
         self.mlp = MixtureOfExperts(config) if self.is_moe else DenseMLP(config.hidden_size, config.intermediate_size)
 
@@ -39,11 +38,16 @@ class DecoderLayer(nn.Module):
         packing: Packing,
         cos_sin: tuple[Tensor, Tensor],
         cache: LayerCache | None,
-        trace: list[RouterRecord] | None,
+        trace: RouterTrace | None,
     ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing, cos_sin, cache)
-        h_TD = self.post_attention_layernorm(x_TD)
-        return x_TD + (self.mlp(h_TD, trace) if self.is_moe else self.mlp(h_TD))
+        h_TD = self.attention_residual.read(x_TD, self.input_layernorm)
+        y_TD = self.self_attn(h_TD, packing, cos_sin, cache)
+        x_TD = self.attention_residual.add(x_TD, y_TD, self.input_layernorm)
+        if not self.has_mlp:
+            return x_TD
+        h_TD = self.mlp_residual.read(x_TD, self.post_attention_layernorm)
+        y_TD = self.mlp(h_TD, trace) if self.is_moe else self.mlp(h_TD)
+        return self.mlp_residual.add(x_TD, y_TD, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -57,7 +61,8 @@ class Decoder(nn.Module):
         self.config = config.validate()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = final_norm(config)
+        self.head_multiplier = head_multiplier(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_frequency = inverse_frequencies(config.rope, config.head_dim)
@@ -72,12 +77,13 @@ class Decoder(nn.Module):
         tokens_T: Tensor,
         packing: Packing,
         cache: Cache | None = None,
-        trace: list[RouterRecord] | None = None,
+        trace: RouterTrace | None = None,
     ) -> Tensor:
-        """Return the final-normed hidden states, [T, D].
+        """Return the hidden states that the output head reads, [T, D].
 
         With a cache the pack continues the cached sequences (`packing.lengths` new tokens each), and the cache
-        grows; without one each sequence of the pack stands alone. `trace` receives a RouterRecord per mixture layer.
+        grows; without one each sequence of the pack stands alone. `trace` receives what the
+        routers did, or tells them what to do.
         """
         if cache is not None:
             packing = packing.after(cache.lengths)
@@ -92,7 +98,8 @@ class Decoder(nn.Module):
             x_TD = layer(x_TD, packing, cos_sin, None if cache is None else cache.layers[i], trace)
         if cache is not None:
             cache.advance(packing.lengths)
-        return self.norm(x_TD)
+        x_TD = self.norm(x_TD)
+        return x_TD if self.head_multiplier == 1.0 else x_TD * self.head_multiplier
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         return F.linear(hidden_TD, self.head_weight)
@@ -102,23 +109,11 @@ class Decoder(nn.Module):
         layers = [cast(DecoderLayer, layer).self_attn.empty_cache(batch, max_len) for layer in self.layers]
         return Cache(layers, batch, max_len, self.embed_tokens.weight.device)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> "Decoder":
-        """Truncated normal (± 3σ) with σ = `initializer_range`; matrices that write to the residual stream get
-        σ / √(2 · layers), so that the stream's variance does not grow with depth (GPT-2). The same seed gives the
-        same weights on every device. Returns self."""
-        generator = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
-        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if "norm" in name else 0.0)
-                continue
-            sigma = residual_std if "o_proj" in name or "down_proj" in name else std
-            value = torch.empty(parameter.shape)
-            nn.init.trunc_normal_(value, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator)
-            parameter.copy_(value)
-        for module in self.modules():
-            if isinstance(module, Decay):
-                module.bias.copy_(Decay.initial_bias(module.bias.numel()))
+        """Draw the weights that the config's `initializer` names. Returns self."""
+        initialise(self, seed)
         return self
+
+    def routers(self) -> list[Router]:
+        """The routers of the mixture layers, in the order of a trace's records."""
+        return [module for module in self.modules() if isinstance(module, Router)]

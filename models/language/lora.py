@@ -1,189 +1,160 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685, eq. 3): y = W x + (α / r) B A x, with only A and B trained.
+"""Adapters on a model: attach several by name, let one of them act, merge it into the weights and take it out again.
 
-Adapters are read and written in PEFT's format, so that peft and vLLM can use them.
+What an adapter computes is in lora_layers.py and lora_experts.py; the files it is kept in, in peft_folder.py.
 """
 
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.errors import UserError
+from models.errors import UserError, unknown_name
 from models.language.decoder import Decoder
+from models.language.experts import Experts
+from models.language.lora_experts import LoraExperts, require_expert_settings
+from models.language.lora_layers import Adapted, LoraConfig, LoraLinear, LowRank
 
-_PEFT_PREFIX = "base_model.model.model."  # peft's wrapper, the causal LM, its decoder
+__all__ = ["LoraConfig", "activate", "adapted_layers", "attach", "fold", "merge", "merged_weights", "parts", "unmerge"]
 
-
-@dataclass(frozen=True)
-class LoraConfig:
-    r: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # last part of a Linear's name
-
-
-class LoraLinear(nn.Linear):
-    """A Linear with an adapter beside it. It keeps the Linear's own parameters under their own names."""
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
-        self.scaling = alpha / r
-        self.merged = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if self.merged:
-            return y
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-
-    def delta(self) -> Tensor:
-        """(α / r) B A, in float32."""
-        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """The weight of a plain Linear that does the same."""
-        if self.merged:
-            return self.weight.detach()
-        return (self.weight.float() + self.delta()).to(self.weight.dtype)
+ALL_LINEAR = "all-linear"
+EXPERT_TARGETS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def attach(model: Decoder, config: LoraConfig, seed: int) -> None:
-    """Put an adapter beside every targeted Linear, and freeze everything else.
+def attach(model: Decoder, config: LoraConfig, seed: int, name: str = "default") -> None:
+    """Put an adapter beside every targeted weight, let it act, and freeze everything else.
 
-    A is drawn uniformly as a Linear's weight is, and B is 0: the model starts unchanged. Raises UserError for an
-    unknown target.
+    The model's outputs stay as they are without an adapter. Raises UserError for settings that cannot be, an unknown
+    target, or a name that is taken.
     """
-    if config.r < 1:
-        raise UserError(f"lora: r is {config.r}; it must be at least 1")
-    if adapters(model):
-        raise ValueError("the model already has adapters")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    available = {name.rpartition(".")[2] for name in linears} - {"lm_head"}
-    for target in config.targets:
-        if target not in available:
-            raise UserError(f"lora: no layer is named {target!r}; targets can be {', '.join(sorted(available))}")
-    if not config.targets:
-        raise UserError(f"lora: targets is empty; name some of {', '.join(sorted(available))}")
-    model.requires_grad_(False)
+    config.validate()
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise UserError(f"lora: an adapter cannot be named {name!r}; use a word of letters, digits and underscores")
+    if name in adapter_names(model):
+        raise UserError(f"lora: the model already has an adapter named {name!r}; choose another name")
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise ValueError("unmerge before attaching another adapter: it would be fitted to the merged weights")
+    targets = _find(model, config.targets)
+    if any(part != "weight" for _, part in targets):
+        require_expert_settings(config, model.embed_tokens.weight.element_size())
     generator = torch.Generator().manual_seed(seed)
-    for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        if child not in config.targets:
-            continue
-        adapted = LoraLinear(linear, config.r, config.alpha)
-        bound = 1 / math.sqrt(linear.in_features)
-        with torch.no_grad():
-            adapted.lora_A.copy_(torch.empty(adapted.lora_A.shape).uniform_(-bound, bound, generator=generator))
-        setattr(model.get_submodule(parent), child, adapted)
+    for module_name, part in targets:
+        _adapted(model, module_name).add(name, part, config, generator)
+    activate(model, name)
 
 
-def adapters(model: Decoder) -> dict[str, LoraLinear]:
-    """The adapted Linears by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+def activate(model: Decoder, name: str | None) -> None:
+    """Let this adapter act and train, and no other; with None the model is the base model, and nothing trains.
 
-
-@torch.no_grad()
-def merge(model: Decoder) -> None:
-    """Add each adapter to its weight, so that the forward pass costs no more than without it."""
-    for layer in adapters(model).values():
-        layer.weight.copy_(layer.merged_weight())
-        layer.merged = True
-
-
-@torch.no_grad()
-def unmerge(model: Decoder) -> None:
-    """Undo `merge`, up to rounding."""
-    for layer in adapters(model).values():
-        if layer.merged:
-            layer.weight.copy_(layer.weight.float() - layer.delta())
-            layer.merged = False
-
-
-def save_adapter(model: Decoder, folder: Path, config: LoraConfig, base_model: str = "") -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, layer in adapters(model).items():
-        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(config.targets),
-    }
-    try:
-        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: cannot write the adapter ({error}); free some space or choose another folder"
-        ) from None
-
-
-def load_adapter(model: Decoder, folder: Path) -> LoraConfig:
-    """Attach the adapter that peft or `save_adapter` wrote. Its dropout is ignored.
-
-    Raises UserError for a missing or broken file, for kinds of adapter other than plain LoRA, and for tensors that do
-    not fit the model.
+    Raises UserError for an unknown name.
     """
-    config = _read_adapter_config(folder / "adapter_config.json")
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file}: missing; only safetensors adapters are read, save it with safe_serialization=True")
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the adapter again") from None
-    attach(model, config, seed=0)
-    wanted = {}
-    for name, layer in adapters(model).items():
-        wanted[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        wanted[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        state = "is missing" if name in wanted else "does not belong to this model"
-        raise UserError(f"{file}: the tensor {name} {state}; was the adapter trained on another model?")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            if parameter.shape != tensors[name].shape:
-                raise UserError(
-                    f"{file}: {name} has shape {list(tensors[name].shape)}, this model needs {list(parameter.shape)}; "
-                    "was the adapter trained on another model?"
-                )
-            parameter.copy_(tensors[name])
-    return config
+    if name is not None and name not in adapter_names(model):
+        raise unknown_name("adapter", name, adapter_names(model))
+    layers = adapted_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("unmerge before activating another adapter")
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.active = name
+        for adapter in layer.parts(name).values():
+            for parameter in (adapter.lora_A, adapter.lora_B, adapter.lora_magnitude):
+                if parameter is not None:
+                    parameter.requires_grad_(True)
 
 
-def _read_adapter_config(file: Path) -> LoraConfig:
-    try:
-        given: dict[str, Any] = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"{file}: missing; a LoRA folder holds adapter_config.json") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy the adapter again") from None
-    if given.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {given.get('peft_type')!r}; only 'LORA' is supported")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
-        if given.get(key):
-            raise UserError(f"{file}: {key} is set, which is not supported; train the adapter without it")
-    if given.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias is {given['bias']!r}; only 'none' is supported")
-    targets = given.get("target_modules")
-    if not isinstance(targets, list) or "r" not in given or "lora_alpha" not in given:
-        raise UserError(f"{file}: needs r, lora_alpha and a list target_modules")
-    return LoraConfig(r=given["r"], alpha=given["lora_alpha"], targets=tuple(sorted(targets)))
+def adapted_layers(model: Decoder) -> dict[str, Adapted]:
+    """The layers that have adapters, by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def adapter_names(model: Decoder) -> list[str]:
+    return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
+
+
+def parts(model: Decoder, name: str) -> Iterator[tuple[str, str, LowRank]]:
+    """Layer, part ("weight" of a Linear) and trained tensors of an adapter, in the order of the model's layers."""
+    for layer_name, layer in adapted_layers(model).items():
+        for part, adapter in layer.parts(name).items():
+            yield layer_name, part, adapter
+
+
+def merged_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of the base model by its name, the active adapter added in; the model is left as it
+    is, and a weight without an adapter is its own storage."""
+    layers = adapted_layers(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        layer_name, _, part = name.rpartition(".")
+        if ".adapters." not in name:
+            yield name, layers[layer_name].merged_weight(part) if layer_name in layers else tensor.detach()
+
+
+def merge(model: Decoder) -> None:
+    """Add the active adapter to the weights, so that the forward pass costs no more than without it."""
+    for layer in adapted_layers(model).values():
+        layer.merge()
+
+
+def unmerge(model: Decoder) -> None:
+    """Undo `merge`, up to rounding in the weights' dtype."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+def fold(model: Decoder) -> None:
+    """Merge the active adapter for good: the model has no adapters any more, and every weight trains again."""
+    for layer in adapted_layers(model).values():
+        layer.fold()
+    model.requires_grad_(True)
+
+
+def learning_rate_ratios(model: Decoder, ratio: float) -> dict[str, float]:
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4): B learns `ratio` times as fast as A.
+
+    By parameter name, for the optimizer.
+    """
+    if ratio <= 0:
+        raise UserError(f"lora: the learning-rate ratio of LoRA+ is {ratio}; it must be positive (1 is plain LoRA)")
+    return {name: ratio for name, _ in model.named_parameters() if name.endswith(".lora_B")}
+
+
+def _find(model: Decoder, targets: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(layer, part) of each weight that a target names. Raises UserError for a target that names none."""
+    weights = [
+        (name, "weight", name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            weights += [(name, part, f"{name}.{part}") for part in ("gate_up_proj", "down_proj")]
+    known = {name.rpartition(".")[2] for name, part, _ in weights if part == "weight"} | {ALL_LINEAR}
+    if any(part != "weight" for _, part, _ in weights):
+        known |= set(EXPERT_TARGETS)
+    if not targets:
+        raise UserError(f"lora: targets is empty; name some of {', '.join(sorted(known))}")
+    found: list[tuple[str, str]] = []
+    for target in targets:
+        hits = [(name, part) for name, part, path in weights if _names(target, part, path)]
+        if not hits:
+            raise unknown_name("lora target", target, known)
+        found += hits
+    return [(name, part) for name, part, _ in weights if (name, part) in found]
+
+
+def _names(target: str, part: str, path: str) -> bool:
+    if target == ALL_LINEAR:
+        return part == "weight"
+    if part != "weight" and not target.endswith(f"experts.{part}"):
+        return False  # `down_proj` alone is the Linear of that name
+    return f".{path}".endswith(f".{target}")
+
+
+def _adapted(model: Decoder, name: str) -> Adapted:
+    """The layer, made ready for adapters."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, Adapted):
+        return layer
+    adapted = LoraLinear(layer) if isinstance(layer, nn.Linear) else LoraExperts(layer)  # type: ignore[arg-type]
+    adapted.train(layer.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, adapted)
+    return adapted

@@ -1,56 +1,46 @@
+import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import parameters_to_vector
 
-from agents.rollout import ATTEMPTS, NumpyMLP, RolloutWorker, call_each, join, sample
+from agents.moments import Moments, Normalizer
+from agents.rollout import ATTEMPTS, RolloutConfig, RolloutWorker, Snapshot, call_each, join
+from envs.control.spaces import DiscreteActions
 from envs.control.vector_env import control_spaces
-from models.control.actor_critic import ActorCritic
+from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy
 from models.errors import UserError
 
-COUNTING = "tests.envs.control.environments:Counting-v0"
+HERE = "tests.envs.control.environments"
+COUNTING = f"{HERE}:Counting-v0"
 
 
 def worker(
-    env_id: str = COUNTING, num_envs: int = 3, seed: int = 0, index: int = 0
-) -> tuple[RolloutWorker, np.ndarray]:
+    env_id: str = COUNTING, num_envs: int = 3, seed: int = 0, index: int = 0, step_timeout_s: float = 60.0
+) -> tuple[RolloutWorker, Snapshot]:
     spaces = control_spaces(env_id)
     torch.manual_seed(0)
-    net = ActorCritic(spaces.observation_size, spaces.actions, (8,))
+    policy: Policy
+    if isinstance(spaces.actions, DiscreteActions):
+        policy = CategoricalPolicy(spaces.observation_size, spaces.actions.count, (8,), "tanh")
+    else:
+        policy = GaussianPolicy(spaces.observation_size, spaces.actions.size, (8,), "tanh")
     with torch.no_grad():
-        net.actor[-1].weight.mul_(100)  # a policy that depends on what it sees
-    weights = parameters_to_vector(net.actor.parameters()).detach().numpy()
-    return RolloutWorker(env_id, num_envs, spaces, (8,), seed, index), weights
+        policy.net[-1].weight.mul_(100)  # a policy that depends on what it sees
+    config = RolloutConfig(env_id, num_envs, policy.numpy_policy, seed, gamma=0.9, step_timeout_s=step_timeout_s)
+    return RolloutWorker(config, index), Snapshot(0, policy.flat_weights())
 
 
 def equal(a: Any, b: Any) -> bool:
-    return all(np.array_equal(value, vars(b)[name]) for name, value in vars(a).items())
-
-
-def test_the_numpy_policy_is_the_torch_policy() -> None:
-    torch.manual_seed(1)
-    net = ActorCritic(observation_size=5, actions=3, hidden=(16, 8))
-    with torch.no_grad():
-        net.actor[-1].weight.mul_(100)
-    weights = parameters_to_vector(net.actor.parameters()).detach().numpy()
-    observations = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    logits = NumpyMLP([5, 16, 8, 3], weights)(observations)
-    np.testing.assert_allclose(logits, net.actor(torch.from_numpy(observations)).detach().numpy(), atol=1e-5)
-    actions, log_probs = sample(logits, np.random.default_rng(0))
-    expected = net.log_probs(torch.from_numpy(observations)).detach().numpy()[np.arange(40), actions]
-    np.testing.assert_allclose(log_probs, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="weights for layers"):
-        NumpyMLP([5, 16, 3], weights)
-
-
-def test_actions_are_drawn_with_the_probabilities_of_the_policy() -> None:
-    probabilities = np.array([0.7, 0.2, 0.1], np.float32)
-    logits = np.tile(np.log(probabilities), (100_000, 1)) + 3
-    actions, _ = sample(logits, np.random.default_rng(0))
-    np.testing.assert_allclose(np.bincount(actions) / 100_000, probabilities, atol=0.01)
+    if isinstance(a, Moments):
+        return all(np.array_equal(value, vars(b)[name]) for name, value in vars(a).items())
+    return all(
+        equal(value, vars(b)[name]) if isinstance(value, Moments) else np.array_equal(value, vars(b)[name])
+        for name, value in vars(a).items()
+    )
 
 
 def test_a_fragment_masks_dummy_steps_and_keeps_final_observations() -> None:
@@ -114,6 +104,8 @@ def test_join_and_cut() -> None:
         fragments.append(actor.collect(weights, 40, 0, True))
     joined = join(fragments)
     assert joined.observations.shape == (41, 6, 4)
+    assert joined.versions.shape == (6,)
+    assert joined.return_moments.count == joined.valid.sum()
     np.testing.assert_array_equal(joined.actions[:, 3:], fragments[1].actions)
     assert len(joined.episode_returns) == sum(len(fragment.episode_returns) for fragment in fragments)
     segment = joined.steps(8, 16)
@@ -123,25 +115,101 @@ def test_join_and_cut() -> None:
 
 @pytest.mark.parametrize("episodes", [0, 1, 5, 64, 100])
 def test_evaluation_plays_that_many_whole_episodes_greedily(episodes: int) -> None:
-    actor, weights = worker()
-    returns = actor.evaluate(weights, episodes, seed=0)
-    assert returns.shape == (episodes,)
+    actor, snapshot = worker()
+    returns, lengths = actor.evaluate(snapshot, episodes, seed=0, greedy=True)
+    assert returns.shape == lengths.shape == (episodes,)
     assert len(set(returns.tolist())) <= 1  # a deterministic environment and a greedy policy
-    np.testing.assert_array_equal(returns, actor.evaluate(weights, episodes, seed=0))
+    assert set(lengths.tolist()) <= {5}
+    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, episodes, seed=0, greedy=True)[0])
+
+
+def test_evaluation_may_sample() -> None:
+    actor, snapshot = worker()
+    flat = replace(snapshot, weights=snapshot.weights * 0)
+    sampled, _ = actor.evaluate(flat, 50, seed=0, greedy=False)
+    assert len(set(sampled.tolist())) > 3
+    np.testing.assert_array_equal(sampled, actor.evaluate(flat, 50, seed=0, greedy=False)[0])
+    assert (sampled != actor.evaluate(flat, 50, seed=1, greedy=False)[0]).any()
 
 
 def test_evaluation_leaves_the_running_episodes_alone() -> None:
     (one, weights), (two, _) = worker("CartPole-v1"), worker("CartPole-v1")
     for actor in (one, two):
         actor.collect(weights, 9, 0, True)
-    one.evaluate(weights, 10, seed=0)
+    one.evaluate(weights, 10, seed=0, greedy=True)
     assert equal(one.collect(weights, 9, 1, False), two.collect(weights, 9, 1, False))
 
 
-def test_an_environment_that_returns_nan_is_named() -> None:
-    actor, weights = worker("tests.envs.control.environments:Poisoned-v0")
-    with pytest.raises(UserError, match="Poisoned-v0 returned an observation that is not finite"):
-        actor.collect(weights, 5, 0, True)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Poisoned", "Poisoned returned an observation that is not finite"),
+        ("Raising", r"Raising failed in step\(\): ZeroDivisionError"),
+        ("Straying", "Straying returned an observation outside its space: number 0 is 4"),
+        ("Hanging", "Hanging took more than 0.2 s over one step"),
+    ],
+)
+def test_an_environment_that_misbehaves_is_named(name: str, message: str) -> None:
+    actor, snapshot = worker(f"{HERE}:{name}", step_timeout_s=0.2)
+    with pytest.raises(UserError, match=message):
+        actor.collect(snapshot, 5, 0, True)
+    with pytest.raises(UserError, match=message):
+        actor.evaluate(snapshot, 1, 0, greedy=True)
+
+
+def test_the_limit_is_on_a_step_and_not_on_the_fragment(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, snapshot = worker(num_envs=1, step_timeout_s=0.5)
+    step = actor.env.step
+
+    def slow(actions: np.ndarray) -> Any:
+        time.sleep(0.06)
+        return step(actions)
+
+    monkeypatch.setattr(actor.env, "step", slow)
+    actor.collect(snapshot, 10, 0, True)
+
+
+def test_gaussian_actions_are_kept_unclipped_and_clipped_for_the_environment() -> None:
+    actor, snapshot = worker(f"{HERE}:Reaching", num_envs=4)  # which asserts that its actions are in bounds
+    fragment = actor.collect(snapshot, 12, 0, True)
+    assert fragment.actions.shape == (12, 4, 2)
+    assert np.abs(fragment.actions[..., 0]).max() > 0.5
+    clipped = np.clip(fragment.actions, [-0.5, -2], [0.5, 2])
+    expected = -((clipped - fragment.observations[1:]) ** 2).sum(-1)
+    np.testing.assert_allclose(fragment.rewards[fragment.valid], expected[fragment.valid], rtol=1e-5)
+    policy = actor.config.policy(snapshot.weights)
+    log_probs = policy.log_probs(policy(fragment.observations[:-1]), fragment.actions)
+    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)
+
+
+def test_observations_are_normalised_by_the_snapshot_and_counted_raw() -> None:
+    (actor, snapshot), (plain, _) = worker(), worker()
+    normalizer = Normalizer(np.array([2.0, 1.0], np.float32), np.array([3.0, 0.5], np.float32))
+    fragment = actor.collect(replace(snapshot, normalizer=normalizer), 20, 0, True)
+    steps = fragment.observations[:, 0, 0] * 3 + 2
+    np.testing.assert_allclose(steps, ([0, 1, 2, 3, 4, 5] * 4)[:21], atol=1e-5)
+    policy = actor.config.policy(snapshot.weights)
+    log_probs = policy.log_probs(policy(fragment.observations[:-1]), fragment.actions)
+    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)  # the policy saw what the fragment holds
+    assert fragment.observation_moments.count == fragment.valid.sum()
+    assert fragment.observation_moments.mean[0] == pytest.approx(steps[:-1][fragment.valid[:, 0]].mean())
+    assert plain.collect(snapshot, 20, 0, True).observation_moments.count == 0
+
+
+def test_discounted_returns_are_counted_over_each_episode() -> None:
+    (actor, snapshot), expected = worker(), []
+    sums = np.zeros(3)
+    for fragment in (actor.collect(snapshot, 7, 0, True), actor.collect(snapshot, 8, 1, False)):
+        counted = []
+        for t in range(len(fragment.rewards)):
+            sums = 0.9 * sums + fragment.rewards[t]
+            counted += sums[fragment.valid[t]].tolist()
+            sums[fragment.terminated[t] | fragment.truncated[t]] = 0
+        expected.append((fragment.return_moments, counted))
+    for moments, counted in expected:
+        assert moments.count == len(counted)
+        assert moments.mean == pytest.approx(np.mean(counted))
+        assert moments.m2 == pytest.approx(np.var(counted) * len(counted), rel=1e-4)
 
 
 class DyingGroup:

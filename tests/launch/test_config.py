@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from launch.config import RunConfig, apply_entries, as_entries, combine, nearest, parse, read_recipe
+from launch.config import RunConfig, apply_entries, as_entries, combine, parse, read_recipe
 from models.errors import UserError
 
 
@@ -127,11 +127,6 @@ def test_a_job_may_not_redefine_what_every_run_has() -> None:
     clash = dataclasses.make_dataclass("Clash", [("seed", int, 1)])
     with pytest.raises(TypeError, match="seed"):
         combine("Test", run=RunConfig, job=clash)
-
-
-def test_nearest() -> None:
-    assert nearest("wrokers", ["workers", "rl.lr", "seed"]) == "workers"
-    assert nearest("lr", ["workers", "rl.lr", "seed"]) == "rl.lr"
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,11 @@ def worst_difference(
 
 
 def moved(model: Decoder, seed: int) -> Decoder:
-    """The model after a large step: one tenth of the way to other random weights."""
+    """The model after a large step: one tenth of the way to other random weights, and other selection biases."""
     other = Decoder(model.config).init_weights(seed)
     with torch.no_grad():
         for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
             parameter.lerp_(target, 0.1)
+        for bias in model.buffers():
+            bias.add_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
     return model

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import pstdev
 
 import pytest
+import torch
 
 from llm_rl import weights
 from llm_rl.generator import Completion, SamplingConfig
@@ -20,7 +21,7 @@ from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from tests.llm_rl.scoring import moved, worst_difference
-from tests.models.language.policies import DENSE, HYBRID, MOE
+from tests.models.language.policies import DEEPSEEK, DENSE, HYBRID, MOE, RECURRENT, SPARSE
 
 KINDS = {
     "dense": replace(DENSE, head_dim=32),
@@ -30,8 +31,41 @@ KINDS = {
     "moe": replace(MOE, head_dim=32),
     "moe, tied": replace(MOE, head_dim=32, tie_word_embeddings=True),
     "hybrid": replace(HYBRID, head_dim=32),
-    "hybrid, untied": replace(HYBRID, head_dim=32, tie_word_embeddings=False, norm_topk_prob=False),
-    "softmax with shared expert": replace(HYBRID, head_dim=32, layer_types=(), qk_norm=False, initializer_range=0.12),
+    "hybrid, untied": replace(
+        HYBRID,
+        head_dim=32,
+        tie_word_embeddings=False,
+        norm_topk_prob=False,
+        scoring_func="sigmoid",
+        routed_scaling_factor=0.7,
+        router_selection_bias=True,
+    ),
+    "sparse": replace(SPARSE, head_dim=32),
+    "recurrent": replace(RECURRENT, head_dim=32),
+    "softmax with shared expert": replace(
+        HYBRID,
+        head_dim=32,
+        layer_types=(),
+        qk_norm=False,
+        initializer_range=0.12,
+        n_group=3,
+        topk_group=2,
+        shared_expert_gate=False,
+    ),
+    "mixtral": replace(MOE, head_dim=32, qk_norm=False, initializer_range=0.12),
+    "dots1": replace(DEEPSEEK, head_dim=32),
+    "post-norm, muP, log n": replace(
+        DENSE,
+        head_dim=32,
+        norm_placement="post",
+        norm_type="layer_norm",
+        parametrization="mup",
+        base_hidden_size=32,
+        log_n_from=8,
+    ),
+    "DeepNorm": replace(DENSE, head_dim=32, norm_placement="deepnorm", attention_scaling="inverse"),
+    "sandwich": replace(DENSE, head_dim=32, norm_placement="sandwich"),
+    "gates": replace(MOE, head_dim=32, norm_placement="none", initializer_range=0.23),
 }
 # Longer than an engine step of 48 tokens, so read in pieces; of one token, which vLLM takes for decoding; and between.
 PROMPTS = [list(range(90)), [7], [7, 8], list(range(20, 69)), [1] * 48, list(range(96, 0, -1)), [5, 9, 11]]
@@ -66,7 +100,10 @@ def _message(error: type[Exception], function: object, *args: object, **kwargs: 
 
 
 def run_engine(kind: str, folder: str) -> Report:
-    model = Decoder(KINDS[kind]).init_weights(seed=0)
+    model = moved(Decoder(KINDS[kind]).init_weights(seed=0), seed=0)  # for selection biases that are not 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("residual.gate"):  # at 0 the layers would do nothing
+            torch.nn.init.constant_(parameter, 0.7)
     save_pretrained(model, folder)
     engine = VLLMGenerator(folder, max_num_seqs=16, max_num_batched_tokens=48, kv_cache_gib=0.1)
     plain = TorchGenerator(folder)

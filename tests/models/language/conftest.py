@@ -3,19 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from models.language.decoder import Decoder
-from tests.models.language.policies import LLAMA3_ROPE, POLICIES, SHAPE
+from tests.models.language.oracles import ORACLES, oracle_model
+from tests.models.language.policies import POLICIES
 
 
 @pytest.fixture(params=POLICIES)
@@ -23,30 +15,9 @@ def policy(request: pytest.FixtureRequest) -> Decoder:
     return Decoder(POLICIES[request.param]).init_weights(seed=0)
 
 
-@pytest.fixture(params=["qwen3", "qwen3_moe", "llama", "llama3_rope"])
+@pytest.fixture(params=ORACLES)
 def oracle(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A transformers model with random weights, norms included."""
-    torch.manual_seed(0)
-    if request.param == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True, attention_bias=True))
-    elif request.param == "qwen3_moe":
-        config = Qwen3MoeConfig(
-            **SHAPE,
-            num_experts=6,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            norm_topk_prob=True,
-            mlp_only_layers=[1],
-        )
-        model = Qwen3MoeForCausalLM(config)
-    else:
-        rope = LLAMA3_ROPE if request.param == "llama3_rope" else {"rope_type": "default", "rope_theta": 1e4}
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return oracle_model(request.param)
 
 
 @pytest.fixture

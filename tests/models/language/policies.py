@@ -32,4 +32,45 @@ HYBRID = replace(
     mlp_only_layers=(1,),
     tie_word_embeddings=True,
 )
-POLICIES = {"dense": DENSE, "moe": MOE, "hybrid": HYBRID}
+DEEPSEEK = (
+    replace(  # DeepSeek-V3's mixture: sigmoid scores, groups, a selection bias, a shared expert, dense layers first
+        MOE,
+        num_experts=8,
+        num_experts_per_tok=3,
+        scoring_func="sigmoid",
+        routed_scaling_factor=2.5,
+        n_group=4,
+        topk_group=2,
+        router_selection_bias=True,
+        shared_expert_intermediate_size=64,
+        shared_expert_gate=False,
+        mlp_only_layers=(0,),
+    )
+)
+SPARSE = replace(
+    MOE,
+    layer_types=("sliding_attention", "strided_attention", "fixed_attention"),
+    sliding_window=24,
+    sparse_stride=8,
+    sparse_summary=2,
+)
+RECURRENT_KINDS = (
+    "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
+    "gated_attention_unit",
+)  # fmt: skip
+RECURRENT = replace(
+    MOE,
+    num_hidden_layers=6,
+    layer_types=RECURRENT_KINDS,
+    performer_features=24,
+    gau_chunk_size=16,
+    initializer_range=0.12,  # six layers at 0.2 make float32 rounding alone reach 2e-5
+)
+POLICIES = {
+    "dense": DENSE,
+    "moe": MOE,
+    "hybrid": HYBRID,
+    "deepseek": DEEPSEEK,
+    "sparse": SPARSE,
+    "recurrent": RECURRENT,
+}

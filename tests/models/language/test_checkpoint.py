@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from models.errors import UserError
 from models.language import checkpoint
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained, save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from models.language.packing import Packing
-from tests.models.language.policies import HYBRID, MOE
+from tests.models.language.policies import DEEPSEEK, HYBRID, MOE, SHAPE
 
 LENGTHS = (40, 7, 23)
 
@@ -41,6 +42,7 @@ def test_logits_and_gradients_equal_those_of_transformers(oracle: PreTrainedMode
     gradients = {n if n.startswith("lm_head") else f"model.{n}": p.grad for n, p in model.named_parameters()}
     compared = 0
     for name, parameter in oracle.named_parameters():
+        name = name.replace(".shared_experts.", ".shared_expert.")  # dots1's name of it
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4)
         compared += 1
     assert compared == len(gradients)
@@ -57,12 +59,37 @@ def test_transformers_loads_what_we_save(oracle: PreTrainedModel, oracle_folder:
         torch.testing.assert_close(model.logits(model(tokens_T, packing)), alone(again, tokens_T), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("written_by", ["transformers 5", "transformers 4"])
+def test_a_qwen3_folder_with_a_sliding_window(written_by: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    window = {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}
+    oracle = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **window))
+    oracle.save_pretrained(tmp_path)
+    if written_by == "transformers 4":
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_pretrained(tmp_path)
+    assert model.config.layer_types == ("full_attention", "sliding_attention", "sliding_attention")
+    tokens_T, packing = pack()
+    theirs = alone(oracle, tokens_T)
+    torch.testing.assert_close(model.logits(model(tokens_T, packing)), theirs, atol=1e-5, rtol=0)
+    whole = Decoder(replace(model.config, layer_types=()))
+    whole.load_state_dict(model.state_dict())
+    assert (whole.logits(whole(tokens_T, packing)) - theirs).abs().max() > 0.1  # the window matters
+
+
 def test_every_kind_of_model_survives_a_round_trip(policy: Decoder, tmp_path: Path) -> None:
+    for bias in policy.buffers():
+        bias.normal_()
     save_pretrained(policy, tmp_path)
     again = load_pretrained(tmp_path)
     assert again.config.to_hf() == policy.config.to_hf()
     for (name, before), (same_name, after) in zip(policy.named_parameters(), again.named_parameters(), strict=True):
         assert name == same_name
+        assert torch.equal(before, after)
+    for before, after in zip(policy.buffers(), again.buffers(), strict=True):
         assert torch.equal(before, after)
 
 
@@ -71,6 +98,17 @@ def test_a_model_with_new_layer_kinds_has_our_model_type(tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "longstride"
     assert config["architectures"] == ["LongstrideForCausalLM"]
+
+
+@pytest.mark.parametrize("changes", [{"expert_capacity_factor": 1.5}, {"shared_expert_gate": True}, {"n_group": 2}])
+def test_our_model_type_keeps_every_field_of_the_mixture(changes: dict, tmp_path: Path) -> None:
+    config = replace(DEEPSEEK, mlp_only_layers=(1,), **changes)
+    model = Decoder(config).init_weights(0)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "longstride"
+    again = load_pretrained(tmp_path)
+    assert replace(again.config, layer_types=()) == config
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_sharded_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

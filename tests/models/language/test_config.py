@@ -4,13 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import DeepseekV3Config, Dots1Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.errors import UserError
 from models.language.config import LanguageConfig, RopeConfig
 from models.language.rope import inverse_frequencies
-from tests.models.language.policies import DENSE, HYBRID, LLAMA3_ROPE, MOE, POLICIES, SHAPE
+from tests.models.language.policies import (
+    DEEPSEEK,
+    DENSE,
+    HYBRID,
+    LLAMA3_ROPE,
+    MOE,
+    POLICIES,
+    RECURRENT,
+    SHAPE,
+    SPARSE,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +34,28 @@ from tests.models.language.policies import DENSE, HYBRID, LLAMA3_ROPE, MOE, POLI
         ({"num_experts": 0, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size needs"),
         ({"layer_types": ("full_attention",)}, "layer_types names 1 layers"),
         ({"layer_types": ("full_attention", "mamba", "full_attention")}, "unknown kind 'mamba'.*linear_attention"),
+        (
+            {"layer_types": ("full_attention",) * 2 + ("linformer_attention",)},
+            "linformer_attention.*layer 2.*later tokens",
+        ),
+        ({"layer_types": ("nystromformer_attention",) * 3}, "nystromformer_attention.*layer 0.*elu_attention"),
+        ({"sparse_summary": 65}, r"sparse_summary is 65.*sparse_stride \(64\)"),
+        ({"sparse_summary": 0}, "sparse_summary is 0"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"gau_chunk_size": 0}, "gau_chunk_size is 0"),
+        ({"performer_features": 0}, "performer_features is 0"),
         ({"mlp_only_layers": (3,)}, "mlp_only_layers names layer 3"),
+        ({"scoring_func": "sigmoind"}, "unknown scoring_func `sigmoind`: did you mean `sigmoid`"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0"),
+        ({"n_group": 4}, r"n_group \(4\) does not divide num_experts \(6\); choose one of 1, 2, 3, 6"),
+        ({"n_group": 0}, "n_group is 0"),
+        ({"n_group": 2, "topk_group": 3}, r"topk_group is 3; there are only n_group \(2\)"),
+        (
+            {"n_group": 3, "num_experts_per_tok": 3},
+            r"topk_group \(1\) groups of 2 hold fewer experts; raise topk_group",
+        ),
+        ({"n_group": 6, "topk_group": 6, "router_selection_bias": True}, "groups of one expert"),
+        ({"expert_capacity_factor": 0.0}, "expert_capacity_factor is 0.0.*positive"),
         ({"rope": RopeConfig(rope_type="yarn")}, "rope_type 'yarn'"),
         ({"rope": RopeConfig(rope_theta=0.0)}, "rope_theta is 0"),
         ({"eos_token_id": (97,)}, "eos_token_id 97 is outside the vocabulary of 97"),
@@ -42,9 +73,20 @@ def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) 
         (DENSE, "qwen3"),
         (MOE, "qwen3_moe"),
         (HYBRID, "longstride"),
+        (SPARSE, "longstride"),
+        (RECURRENT, "longstride"),
         (replace(DENSE, qk_norm=False), "llama"),
         (replace(DENSE, qk_norm=False, num_attention_heads=6), "longstride"),  # transformers wants hidden % heads == 0
-        (replace(MOE, qk_norm=False), "longstride"),
+        (replace(MOE, qk_norm=False), "mixtral"),
+        (replace(MOE, qk_norm=False, attention_bias=True), "longstride"),
+        (replace(MOE, qk_norm=False, mlp_only_layers=(0,)), "longstride"),
+        (replace(MOE, scoring_func="sigmoid"), "longstride"),
+        (replace(MOE, expert_capacity_factor=1.25), "longstride"),
+        (replace(MOE, n_group=2), "longstride"),
+        (DEEPSEEK, "dots1"),
+        (replace(DEEPSEEK, shared_expert_gate=True), "longstride"),
+        (replace(DEEPSEEK, mlp_only_layers=(1,)), "longstride"),
+        (replace(DEEPSEEK, shared_expert_intermediate_size=40), "longstride"),  # not a number of experts
         (replace(MOE, mlp_only_layers=(0, 1, 2)), "qwen3"),
         (replace(MOE, shared_expert_intermediate_size=8), "longstride"),
     ],
@@ -62,13 +104,37 @@ def test_round_trip(name: str) -> None:
     assert again.rope == config.rope
 
 
-@pytest.mark.parametrize("kind", [Qwen3Config, Qwen3MoeConfig, LlamaConfig])
-def test_defaults_of_transformers_are_ours(kind: type) -> None:
-    config = LanguageConfig.from_hf(kind(**SHAPE).to_dict())
-    theirs = kind(**LanguageConfig.to_hf(config)).to_dict()
-    for name, value in kind(**SHAPE).to_dict().items():
+DOTS1 = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "sliding_window": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [(Qwen3Config, {}), (Qwen3MoeConfig, {}), (LlamaConfig, {}), (MixtralConfig, {}), (Dots1Config, DOTS1)],
+)
+def test_defaults_of_transformers_are_ours(kind: type, fields: dict) -> None:
+    given = kind(**SHAPE, **fields).to_dict()
+    theirs = kind(**LanguageConfig.from_hf(given).to_hf()).to_dict()
+    for name, value in given.items():
         if name not in ("architectures", "dtype", "layer_types", "transformers_version", "num_experts"):
             assert theirs[name] == value, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (DeepseekV3Config().to_dict(), "'deepseek_v3' has multi-head latent attention.*such as dots1"),
+        (MixtralConfig(**SHAPE, sliding_window=64).to_dict(), "sliding_window is 64; Mixtral is supported without"),
+        (Dots1Config(**SHAPE, **DOTS1 | {"sliding_window": 64, "max_window_layers": 1}).to_dict(), "sliding_window"),
+        (MixtralConfig(**SHAPE).to_dict() | {"num_local_experts": None}, "the field num_local_experts is missing"),
+        (Dots1Config(**SHAPE, **DOTS1 | {"num_experts_per_tok": 9}).to_dict(), "num_experts_per_tok is 9"),
+        (Dots1Config(**SHAPE, **DOTS1 | {"n_group": 3}).to_dict(), "n_group .3. does not divide"),
+        (HYBRID.to_hf() | {"scoring_func": 1}, "scoring_func is 1; it must be a string"),
+        (HYBRID.to_hf() | {"expert_capacity_factor": "much"}, "expert_capacity_factor is 'much'; it must be a number"),
+    ],
+)
+def test_folders_that_cannot_be_run(fields: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LanguageConfig.from_hf(fields)
 
 
 def test_configs_of_transformers_4() -> None:

@@ -17,11 +17,11 @@ def inputs(length: int, dtype: torch.dtype = torch.float32, strongest: float = 3
     q, k, v = (torch.randn(2, length, 3, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     log_g = -strongest * torch.rand(2, length, 3, generator=generator, dtype=torch.float64) ** 4
     state = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return tuple(x.to(dtype) for x in (q, k / 8**0.5, v / 3, log_g, state / 3))  # type: ignore[return-value]
+    return tuple(x.to(dtype) for x in (q / 8**0.5, k / 8**0.5, v / 3, log_g, state / 3))  # type: ignore[return-value]
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S_t = g_t S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / √C: one batch row, token and head at a time."""
+    """S_t = g_t S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t: one batch row, token and head at a time."""
     o = torch.empty_like(v)
     states = []
     for b in range(q.shape[0]):
@@ -30,7 +30,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor) -
             rows = []
             for t in range(q.shape[1]):
                 s = log_g[b, t, h].exp() * s + torch.outer(k[b, t, h], v[b, t, h])
-                rows.append(s.T @ q[b, t, h] / q.shape[-1] ** 0.5)
+                rows.append(s.T @ q[b, t, h])
             o[b, :, h] = torch.stack(rows)
             states.append(s)
     return o, torch.stack(states).view_as(state)

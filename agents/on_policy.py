@@ -1,0 +1,270 @@
+"""What the on-policy algorithms share: the loop, and the state that a checkpoint holds. Their files hold the rest.
+
+    workers play ──fragment──▶ learner: normalise, `update` (the algorithm) ──snapshot──▶ workers play ...
+                                        └─ now and then: evaluate, checkpoint, begin new episodes
+
+Shapes: T steps, N environments of all workers, B valid steps among them, D numbers an observation.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from agents.config import ControlConfig
+from agents.evaluation import evaluate_checkpoint, play_episodes, refuse_other_environment, start_workers
+from agents.moments import CLIP, Moments, Normalizer
+from agents.returns import gae
+from agents.rollout import Fragment, Snapshot, call_each, join
+from envs.control.spaces import ControlSpaces, DiscreteActions
+from envs.control.vector_env import control_spaces
+from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy
+from models.errors import UserError
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import Run
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig(ControlConfig):
+    n_steps: int = 8
+    """Steps of each environment to one update."""
+    gae_lambda: float = 0.95
+    """1 is the n-step return."""
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """linear: learning rates fall to 0 over the run."""
+    normalize_observations: bool = False
+    """Subtract the running mean, divide by the running standard deviation."""
+    normalize_rewards: bool = False
+    """Divide by the running standard deviation of the discounted return."""
+    log_std_init: float = 0.0
+    """Of the Gaussian policy for continuous actions: logarithm of the first standard deviation."""
+
+    any_number: ClassVar[frozenset[str]] = frozenset({"log_std_init"})
+
+    @property
+    def steps_per_call(self) -> int:
+        """Steps of each environment to one call of the workers."""
+        return self.n_steps
+
+
+def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
+    """Metrics are logged by environment steps; `eval/...` in summary.json are those of the last policy.
+
+    Each checkpoint ends the running episodes, so that what follows it depends on the checkpoint alone: a resumed run
+    repeats an uninterrupted one bit for bit, with any number of workers that stay alive.
+    """
+    torch.set_num_threads(1)  # the networks are too small to be shared among threads
+    workers = start_workers(config, run, learner.policy.numpy_policy)
+    state = run.restore()
+    if state is not None:
+        learner.load_state(state)
+    clock, last_logged = time.perf_counter(), learner.env_steps
+    restart = True
+    while learner.env_steps < config.steps:
+        call = (learner.snapshot(), config.steps_per_call, learner.round, restart)
+        fragment = join(call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s))
+        before = learner.env_steps
+        metrics = learner.learn(fragment)
+        learned = time.perf_counter()
+        finished = learner.env_steps >= config.steps
+        restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
+        if restart:
+            seed = derive_seed(run.seed, "evaluation", learner.round)
+            metrics = play_episodes(config, workers, learner.snapshot(), seed).metrics() | metrics
+        if restart or learner.env_steps // config.log_every > before // config.log_every:
+            metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (learned - clock)
+            metrics["run/actor_restarts"] = float(workers.restarts)
+            run.log(learner.env_steps, metrics, config.steps)
+        if restart:
+            run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
+            run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        if "time/env_steps_per_s" in metrics:
+            clock, last_logged = time.perf_counter(), learner.env_steps  # evaluations do not count
+
+
+def evaluate(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
+    """Play `eval_episodes` episodes of the policy of the run's checkpoint, greedily and sampled."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    learner.load_state(state)
+    workers = start_workers(config, run, learner.policy.numpy_policy)
+    evaluate_checkpoint(config, run, workers, learner.snapshot())
+
+
+class Learner:
+    """Networks, optimizers, normalisers and counters: all that a checkpoint has to hold.
+
+    An algorithm makes its `networks` (under "policy" the one that plays) and `optimizers`, and defines `update`.
+    """
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+
+    def __init__(self, config: OnPolicyConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.spaces = control_spaces(config.env)
+        self.env_steps = 0
+        self.round = 0  # calls of the workers so far
+        self.returns: deque[float] = deque(maxlen=100)  # of the latest episodes
+        self.observation_moments = Moments.none(self.spaces.observation_size)
+        self.return_moments = Moments.none(1)
+
+    def update(self, fragment: Fragment) -> dict[str, float]:
+        """Learn from a fragment, whose rewards are normalised. Returns metrics under `train/`."""
+        raise NotImplementedError
+
+    @property
+    def policy(self) -> Policy:
+        policy = self.networks["policy"]
+        assert isinstance(policy, CategoricalPolicy | GaussianPolicy)
+        return policy
+
+    def snapshot(self) -> Snapshot:
+        normalizer = Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None
+        return Snapshot(self.round, self.policy.flat_weights(), normalizer)
+
+    def learn(self, fragment: Fragment) -> dict[str, float]:
+        """Raises UserError if what `update` returns is not finite."""
+        self.returns.extend(fragment.episode_returns.tolist())
+        self.return_moments = self.return_moments.merged(fragment.return_moments)
+        if self.config.normalize_observations:
+            self.observation_moments = self.observation_moments.merged(fragment.observation_moments)
+        if self.config.normalize_rewards:
+            scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
+            fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate(group["initial_lr"])
+        metrics = self.update(fragment) if fragment.valid.any() else {}
+        self.env_steps += int(fragment.valid.sum())
+        self.round += 1
+        if not np.isfinite(list(metrics.values())).all():
+            raise UserError(
+                f"the loss is not finite at step {self.env_steps}: the last checkpoint is good; try a lower --lr"
+            )
+        return ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {}) | metrics
+
+    def rate(self, initial: float) -> float:
+        """A learning rate by the schedule."""
+        return initial * self.remaining if self.config.lr_schedule == "linear" else initial
+
+    @property
+    def remaining(self) -> float:
+        """Share of the run that lies ahead."""
+        return max(0.0, 1 - self.env_steps / self.config.steps)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "env": self.config.env,
+            "env_steps": self.env_steps,
+            "round": self.round,
+            "returns": list(self.returns),
+            "observation_moments": self.observation_moments.state(),
+            "return_moments": self.return_moments.state(),
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises UserError for a checkpoint of another environment or other networks."""
+        refuse_other_environment(state, self.config.env)
+        for name, network in self.networks.items():
+            try:
+                network.load_state_dict(state["networks"][name])
+            except (KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"the checkpoint's {name} is not that of --hidden {self.config.hidden} and this job: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.observation_moments = Moments.from_state(state["observation_moments"])
+        self.return_moments = Moments.from_state(state["return_moments"])
+        self.env_steps, self.round = state["env_steps"], state["round"]
+        self.returns.extend(state["returns"])
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Within, torch draws the weights of the run's networks, and goes on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "initial weights"))
+        yield
+
+
+def make_policy(config: OnPolicyConfig, spaces: ControlSpaces) -> Policy:
+    sizes = config.hidden, config.activation
+    if isinstance(spaces.actions, DiscreteActions):
+        return CategoricalPolicy(spaces.observation_size, spaces.actions.count, *sizes)
+    return GaussianPolicy(spaces.observation_size, spaces.actions.size, *sizes, config.log_std_init)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The valid steps of a fragment."""
+
+    observations: Tensor  # (B, D)
+    actions: Tensor  # (B,) or (B, A)
+    log_probs: Tensor  # (B,), when they were drawn
+    advantages: Tensor  # (B,), mean 0 and standard deviation 1
+    targets: Tensor  # (B,), of the critic: the λ-returns
+
+
+def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig) -> Batch:
+    """values_TN: (T+1, N), the critic's of all the fragment's observations."""
+    flags = fragment.terminated, fragment.truncated
+    advantages = gae(fragment.rewards, values_TN, *flags, config.gamma, config.gae_lambda)
+    targets = advantages + values_TN[:-1]
+    valid = fragment.valid
+    counted = advantages[valid]
+    counted = (counted - counted.mean()) / (counted.std() + 1e-8)
+    arrays = (fragment.observations[:-1][valid], fragment.actions[valid], fragment.log_probs[valid])
+    return Batch(*(torch.from_numpy(array) for array in (*arrays, counted, targets[valid])))
+
+
+def fit_critic(
+    critic: nn.Module, optimizer: Optimizer, steps: Batch, epochs: int, batch_size: int, generator: torch.Generator
+) -> float:
+    """Regress the critic on its targets by minibatches. Returns the mean squared error of the last epoch."""
+    total = len(steps.targets)
+    for _ in range(epochs):
+        order = torch.randperm(total, generator=generator)
+        squared = 0.0
+        for chosen in order.split(batch_size):
+            loss = (critic(steps.observations[chosen]) - steps.targets[chosen]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            squared += loss.item() * len(chosen)
+    return squared / total
+
+
+def explained_variance(targets: Tensor, predictions: Tensor) -> float:
+    """1: the critic knows the returns; 0: no better than their mean."""
+    return 1 - ((targets - predictions).var() / (targets.var() + 1e-8)).item()
+
+
+def adam(*networks_and_rates: tuple[nn.Module, float]) -> Optimizer:
+    """Networks that learn together, each at a rate of its own, which follows the run's schedule."""
+    groups = [{"params": list(net.parameters()), "lr": lr, "initial_lr": lr} for net, lr in networks_and_rates]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)
+
+
+def descend(optimizer: Optimizer, loss: Tensor, max_grad_norm: float) -> None:
+    """One step along the gradient of `loss`, of which each network's part is clipped to a norm."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        clip_grad_norm_(group["params"], max_grad_norm)
+    optimizer.step()

@@ -1,0 +1,61 @@
+"""Calls of the workers that are under way while the learner learns."""
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agents.rollout import ATTEMPTS
+
+if TYPE_CHECKING:
+    from launch.run import ActorGroup
+
+
+@dataclass(eq=False)
+class _Call:
+    worker: int
+    arguments: Sequence[Any]
+    future: Future[Any]
+    attempt: int = 1
+
+
+class Pipeline:
+    """Calls of one method of a group of workers. A call whose worker died is issued again, to the worker's replacement.
+
+    in_order: results come in the order in which the calls were issued, so that a run depends on its seed alone, with
+    any number of workers, as long as all of them live. Otherwise they come as they are ready, and no worker waits for a
+    slower one; with one worker that is the same order.
+    """
+
+    def __init__(self, workers: "ActorGroup", method: str, timeout_s: float, in_order: bool) -> None:
+        self.workers, self.method, self.timeout_s, self.in_order = workers, method, timeout_s, in_order
+        self.calls: list[_Call] = []  # oldest first
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def issue(self, worker: int, *arguments: Any) -> None:
+        self.calls.append(_Call(worker, arguments, self._send(worker, arguments)))
+
+    def next(self) -> tuple[int, Any]:
+        """Wait for a call; return its worker and its result.
+
+        Raises what the worker raised, and ConnectionError when ATTEMPTS workers died of the same call.
+        """
+        while True:
+            if not self.in_order:
+                wait([call.future for call in self.calls], return_when=FIRST_COMPLETED)
+            call = self.calls[0] if self.in_order else next(c for c in self.calls if c.future.done())
+            try:
+                result = call.future.result()
+            except ConnectionError:
+                if call.attempt == ATTEMPTS:
+                    raise
+                call.attempt += 1
+                call.future = self._send(call.worker, call.arguments)
+                continue
+            self.calls.remove(call)
+            return call.worker, result
+
+    def _send(self, worker: int, arguments: Sequence[Any]) -> Future[Any]:
+        return self.workers.call(worker, self.method, *arguments, timeout_s=self.timeout_s)

@@ -1,0 +1,250 @@
+"""What DDPG, TD3 and SAC share: a loop that collects while it learns, and the state that a checkpoint holds.
+
+    workers   play fragment k+1 with the weights before update k ──┐       (nobody waits unless the other is slower)
+    learner   fragment k ──▶ replay ──▶ gradient steps on random batches ──▶ weights after update k ──▶ fragment k+2
+
+Fragments are taken in the order in which they were asked for, so a run depends on its seed alone, with any number of
+workers. Before each evaluation the calls under way are used up, and after it new episodes begin: a checkpoint then has
+no environments and no noise in it, and a resumed run repeats an uninterrupted one bit for bit.
+
+Shapes: B transitions, A numbers an action.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from agents.config import ControlConfig
+from agents.evaluation import evaluate_checkpoint, play_episodes, refuse_other_environment
+from agents.experience import Experience, ExperienceWorker
+from agents.noise import OrnsteinUhlenbeck
+from agents.pipeline import Pipeline
+from agents.replay import ReplayBuffer, ReplayFiles, Transitions
+from agents.rollout import RolloutConfig, Snapshot
+from agents.side_by_side import SideBySide
+from envs.control.spaces import BoxActions
+from envs.control.vector_env import control_spaces
+from models.control.numpy_policies import Activation
+from models.control.q_networks import DeterministicActor, SquashedGaussian
+from models.errors import UserError
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import ActorGroup, Run
+
+
+@dataclass(frozen=True)
+class ReplayConfig(ControlConfig):
+    env: str = "Pendulum-v1"
+    steps: int = 20_000
+    """Environment steps, over all workers."""
+    workers: int = 1
+    envs_per_worker: int = 1
+    hidden: tuple[int, ...] = (400, 300)
+    """Widths of the hidden layers, of each network."""
+    activation: Activation = "relu"
+    fragment_steps: int = 32
+    """Steps of each environment to one call of a worker."""
+    buffer_size: int = 1_000_000
+    """Transitions that the replay buffer holds."""
+    learning_starts: int = 10_000
+    """Environment steps with uniformly random actions before the first gradient step."""
+    updates_per_step: float = 1.0
+    """Gradient steps to one environment step."""
+    batch_size: int = 256
+    lr: float = 1e-3
+    """Learning rate of all networks (Adam)."""
+    lr_schedule: Literal["linear", "constant"] = "constant"
+    """linear: it falls to 0 over the run."""
+    tau: float = 0.005
+    """How far a target network moves towards its network at each of its steps."""
+    learner_threads: Literal[1, 2] = 2
+    """2: actor and critic compute side by side. The results are the same."""
+    eval_episodes: int = 20
+    eval_every: int = 10_000
+    log_every: int = 1_000
+
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"learning_starts", "noise_std", "target_noise"})
+    at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma", "tau"})
+
+
+def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
+    """Metrics are logged by environment steps; `eval/...` in summary.json are those of the last policy."""
+    files = ReplayFiles(run.directory / "replay")
+    workers = start_workers(config, run, learner)
+    state = run.restore()
+    if state is not None:
+        learner.load_state(state)
+        files.restore(learner.replay, state["replay"])
+    pipeline = Pipeline(workers, "experience", config.worker_timeout_s, in_order=True)
+    clock = Clock(learner, workers)
+    while learner.env_steps < config.steps:
+        next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
+        for worker in range(len(workers)):
+            pipeline.issue(worker, *learner.next_call(len(pipeline), restart=True))
+        metrics: dict[str, float] = {}
+        while pipeline:
+            worker, experience = pipeline.next()
+            before = learner.env_steps
+            learner.add(experience)
+            if learner.env_steps < next_evaluation:
+                pipeline.issue(worker, *learner.next_call(len(pipeline), restart=False))  # it plays while we learn
+            metrics |= learner.learn()
+            if pipeline and learner.env_steps // config.log_every > before // config.log_every:
+                run.log(learner.env_steps, metrics | clock.rates(), config.steps)
+        metrics |= clock.rates()
+        seed = derive_seed(run.seed, "evaluation", learner.round)
+        metrics |= play_episodes(config, workers, learner.snapshot(), seed).metrics()
+        run.log(learner.env_steps, metrics, config.steps)
+        state = learner.state() | {"replay": files.save(learner.replay)}
+        run.save(learner.env_steps, state, score=metrics["eval/return_mean"])
+        run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        clock.restart()  # evaluating and saving are not counted
+
+
+def evaluate(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
+    """Play `eval_episodes` episodes of the policy of the run's checkpoint, without noise and with it."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    learner.load_state(state)
+    evaluate_checkpoint(config, run, start_workers(config, run, learner), learner.snapshot())
+
+
+def start_workers(config: ReplayConfig, run: "Run", learner: "Learner") -> "ActorGroup":
+    policy = learner.actor.numpy_policy
+    rollout = RolloutConfig(config.env, config.envs_per_worker, policy, run.seed, config.gamma, config.step_timeout_s)
+    return run.actors(ExperienceWorker, config.workers, {"cpu": 1}, rollout, learner.noise, name="rollout")
+
+
+class Learner:
+    """Networks, optimizers, replay buffer and counters: all that a checkpoint has to hold.
+
+    An algorithm makes the `actor`, which plays, all its `networks` and `optimizers`, and defines `update`.
+    Raises UserError for an environment whose actions are not continuous and bounded.
+    """
+
+    actor: DeterministicActor | SquashedGaussian
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    noise: OrnsteinUhlenbeck | None = None
+
+    def __init__(self, config: ReplayConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        spaces = control_spaces(config.env)
+        self.observation_size, self.action_size = spaces.observation_size, bounded_actions(spaces.actions, config.env)
+        self.replay = ReplayBuffer(config.buffer_size, self.observation_size, self.action_size)
+        self.side_by_side = SideBySide(config.learner_threads)
+        self.env_steps = 0
+        self.gradient_steps = 0
+        self.round = 0  # calls of the workers so far
+        self.lag = 0  # gradient steps between the weights that played the latest fragment and those that learn from it
+        self.returns: deque[float] = deque(maxlen=100)  # of the latest episodes
+
+    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
+        """Gradient step number `gradient_steps`. Returns scalars, logged under `train/`."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.gradient_steps, self.actor.flat_weights())
+
+    def next_call(self, under_way: int, restart: bool) -> tuple[Snapshot | None, int, int, bool]:
+        """Arguments for `ExperienceWorker.experience`, behind `under_way` calls that have not returned yet."""
+        config = self.config
+        asked_for = self.env_steps + under_way * config.fragment_steps * config.envs_per_worker
+        snapshot = None if asked_for < config.learning_starts else self.snapshot()
+        self.round += 1
+        return snapshot, config.fragment_steps, self.round, restart
+
+    def add(self, experience: Experience) -> None:
+        self.replay.add(experience.rows)
+        self.env_steps += len(experience.rows)
+        self.returns.extend(experience.episode_returns.tolist())
+        played_by = experience.policy_version
+        self.lag = 0 if played_by is None else self.gradient_steps - played_by
+
+    def learn(self) -> dict[str, float]:
+        """The gradient steps that the environment steps so far allow. Raises UserError if a loss is not finite."""
+        config = self.config
+        due = int(config.updates_per_step * (self.env_steps - config.learning_starts)) - self.gradient_steps
+        rate = config.lr * (max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1)
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = rate
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "learning", self.gradient_steps))
+        figures: dict[str, list[Tensor]] = {}
+        for _ in range(due):
+            self.gradient_steps += 1
+            batch = self.replay.sample(config.batch_size, generator)
+            for name, value in self.update(batch, generator).items():
+                figures.setdefault(name, []).append(value)
+        metrics = {f"train/{name}": torch.stack(values).mean().item() for name, values in figures.items()}
+        if not np.isfinite(list(metrics.values())).all():
+            raise UserError(
+                f"the loss is not finite at step {self.env_steps}: the last checkpoint is good; try a lower --lr"
+            )
+        metrics |= {"train/gradient_steps": self.gradient_steps, "train/policy_lag": self.lag}
+        return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "env": self.config.env,
+            "env_steps": self.env_steps,
+            "gradient_steps": self.gradient_steps,
+            "round": self.round,
+            "returns": list(self.returns),
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Everything but the replay buffer. Raises UserError for a checkpoint of another environment or network."""
+        refuse_other_environment(state, self.config.env)
+        for name, network in self.networks.items():
+            try:
+                network.load_state_dict(state["networks"][name])
+            except (KeyError, RuntimeError) as error:
+                raise UserError(
+                    f"the checkpoint's {name} is not that of --hidden {self.config.hidden} and this job: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.env_steps, self.gradient_steps, self.round = (state[k] for k in ("env_steps", "gradient_steps", "round"))
+        self.returns.extend(state["returns"])
+
+
+def bounded_actions(space: Any, env_id: str) -> int:
+    """Numbers an action. Raises UserError unless actions are continuous and between finite bounds."""
+    if not isinstance(space, BoxActions):
+        raise UserError(f"{env_id} has discrete actions, and this agent needs continuous ones: try a2c, ppo or offpac")
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        raise UserError(f"{env_id} has actions without bounds, and this agent's lie between two: wrap the environment")
+    return space.size
+
+
+class Clock:
+    """Speeds since the last look."""
+
+    def __init__(self, learner: Learner, workers: "ActorGroup") -> None:
+        self.learner, self.workers = learner, workers
+        self.restart()
+
+    def restart(self) -> None:
+        self.at, self.env_steps = time.perf_counter(), self.learner.env_steps
+        self.gradient_steps = self.learner.gradient_steps
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.at
+        rates = {
+            "time/env_steps_per_s": (self.learner.env_steps - self.env_steps) / seconds,
+            "time/gradient_steps_per_s": (self.learner.gradient_steps - self.gradient_steps) / seconds,
+            "run/actor_restarts": float(self.workers.restarts),
+        }
+        self.restart()
+        return rates

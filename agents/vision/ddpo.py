@@ -1,0 +1,201 @@
+"""The `ddpo` job: tuning a diffusion model by reward (Black et al. 2023, arXiv 2305.13301).
+
+    prompts ──▶ sample: S noisy DDIM steps each, kept ──▶ decode ──▶ reward model (an actor, meanwhile we sample on)
+       ▲                                                                      │ advantages, prompt by prompt
+       └────────── new weights (LoRA, or the whole UNet) ◀── policy gradient on every kept step ◀──┘
+
+What is left at the end is in model/final: diffusers' pytorch_lora_weights.safetensors, or with --lora-r 0 a whole
+folder.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from agents.vision.ddpo_learner import DDPOLearner, Rollout
+from agents.vision.pictures import as_bytes
+from envs.vision.image_rewards import RewardFailed, RewardScorer, find_reward
+from envs.vision.scenes import SceneConfig, make_scene
+from models.diffusion.lora import ATTENTION
+from models.errors import UserError
+from models.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from launch.run import ActorGroup, Run
+
+
+@dataclass(frozen=True)
+class DDPOConfig:
+    model: Path = Path()
+    """Stable Diffusion v1 folder in diffusers' format: the model to tune."""
+    reward: str = "jpeg-compressibility"
+    """jpeg-compressibility, jpeg-incompressibility, or `module:function` of images (N, H, W, 3) uint8 and N prompts."""
+    prompts: Path | None = None
+    """Text file with a prompt a line. None: captions of scenes."""
+    scenes: SceneConfig = field(default_factory=lambda: SceneConfig(size=64, max_objects=3))
+    scene_prompts: int = 64
+    """Captions of scenes to train on."""
+    estimator: Literal["is", "sf"] = "is"
+    """is: importance sampling with clipping, several updates an iteration. sf: the score function, one update."""
+    lora_r: int = 8
+    """Rank of the adapters; 0 trains the whole UNet."""
+    lora_targets: tuple[str, ...] = ATTENTION
+    iterations: int = 100
+    samples: int = 64
+    """Images of an iteration."""
+    batch_size: int = 16
+    """Images in one pass of the network, in sampling and in training."""
+    updates: int = 2
+    """Steps of the optimizer in an iteration (1 with sf), each on its own share of the images."""
+    steps: int = 20
+    """Denoising steps, by DDIM with eta = 1."""
+    guidance: float = 5.0
+    """Classifier-free guidance, in sampling and in training; 1 is none."""
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    clip_range: float = 1e-4
+    """Of the probability ratio; the log-probability is a mean over the latent's numbers, so ratios stay near 1."""
+    advantage_clip: float = 5.0
+    statistics_buffer: int = 32
+    """Latest rewards of each prompt that its mean and deviation are of."""
+    statistics_min_count: int = 8
+    """With fewer rewards than this a prompt is normalised by the whole batch."""
+    eval_images: int = 64
+    """Of held-out captions (of --prompts, if there is a file), always from the same noise."""
+    eval_every: int = 10
+    """Iterations from one evaluation and checkpoint to the next."""
+    reward_timeout_s: float = 300.0
+    """A reward that takes longer over one batch ends the run, after a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "model" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            flag = f"--{name.replace('_', '-')} is {value}"
+            if name in ("lora_r", "weight_decay"):
+                if value < 0:
+                    raise UserError(f"{flag}: must not be negative")
+            elif value <= 0:
+                raise UserError(f"{flag}: must be positive")
+        if self.estimator == "sf" and self.updates != 1:
+            raise UserError(f"--updates is {self.updates}: --estimator sf is right for the first update only; give 1")
+        if self.samples % (self.batch_size * self.updates):
+            raise UserError(
+                f"--samples is {self.samples}: must be a multiple of --batch-size {self.batch_size} times --updates "
+                f"{self.updates}"
+            )
+
+
+def train(config: DDPOConfig, run: "Run") -> None:
+    """Metrics are logged by iterations. A reward that fails ends the run with what was learned before it saved."""
+    find_reward(config.reward)  # before a model is loaded
+    learner = DDPOLearner(config, run.seed, run.device)
+    prompts, heldout = load_prompts(config, run.seed)
+    state = run.restore()
+    if state is not None:
+        learner.load_state(state)
+    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, name="reward")
+    saved = learner.iteration
+    try:
+        if learner.iteration == 0:
+            figures = evaluation(config, run, learner, scorer, heldout)
+            run.log(0, figures, config.iterations)
+            run.summarize({name.replace("eval/", "eval/before/"): value for name, value in figures.items()})
+        while learner.iteration < config.iterations:
+            clock = time.perf_counter()
+            rollout, rewards = sample(config, run, learner, scorer, prompts)
+            metrics = {"train/reward_mean": float(rewards.mean()), "train/reward_std": float(rewards.std())}
+            metrics |= learner.update(rollout, rewards)
+            metrics["time/images_per_s"] = config.samples / (time.perf_counter() - clock)
+            step = learner.iteration
+            if step % config.eval_every == 0 or step == config.iterations:
+                figures = evaluation(config, run, learner, scorer, heldout)
+                run.summarize(figures)
+                metrics |= figures
+            run.log(step, metrics, config.iterations)
+            if "eval/reward_mean" in metrics:
+                run.save(step, learner.state(), score=metrics["eval/reward_mean"])
+                saved = step
+    except RewardFailed:
+        if saved < learner.iteration:
+            run.save(learner.iteration, learner.state())
+        raise
+    learner.save(run.directory / "model" / "final")
+
+
+def evaluate(config: DDPOConfig, run: "Run") -> None:
+    """Rewards of pictures of held-out prompts, of the run's checkpoint."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    learner = DDPOLearner(config, run.seed, run.device)
+    learner.load_state(state)
+    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, name="reward")
+    _, heldout = load_prompts(config, run.seed)
+    run.summarize(evaluation(config, run, learner, scorer, heldout))
+
+
+def sample(
+    config: DDPOConfig, run: "Run", learner: DDPOLearner, scorer: "ActorGroup", prompts: Sequence[str]
+) -> tuple[Rollout, np.ndarray]:
+    """One iteration's images with their kept steps, and their rewards: scored while the next batch is sampled."""
+    rng = np.random.default_rng(derive_seed(run.seed, "prompts", learner.iteration))
+    picked = [prompts[i] for i in rng.integers(len(prompts), size=config.samples)]
+    rollouts, asked = [], []
+    for at in range(0, config.samples, config.batch_size):
+        batch = picked[at : at + config.batch_size]
+        generator = torch.Generator().manual_seed(derive_seed(run.seed, "noise", learner.iteration, at))
+        rollout, images = learner.sample(batch, generator)
+        rollouts.append(rollout)
+        asked.append(scorer.call(0, "score", as_bytes(images), batch, timeout_s=config.reward_timeout_s))
+    return Rollout.join(rollouts), paid(config, asked)
+
+
+def evaluation(
+    config: DDPOConfig, run: "Run", learner: DDPOLearner, scorer: "ActorGroup", prompts: Sequence[str]
+) -> dict[str, float]:
+    pictures, asked = [], []
+    for at in range(0, len(prompts), config.batch_size):
+        batch = prompts[at : at + config.batch_size]
+        generator = torch.Generator().manual_seed(derive_seed(run.seed, "evaluation", at))
+        _, images = learner.sample(batch, generator)
+        pictures.append(as_bytes(images))
+        asked.append(scorer.call(0, "score", pictures[-1], batch, timeout_s=config.reward_timeout_s))
+    rewards = paid(config, asked)
+    run.images(learner.iteration, "samples", np.concatenate(pictures)[:16])
+    rows = [{"prompt": prompt, "reward": float(reward)} for prompt, reward in zip(prompts, rewards)]
+    run.record(learner.iteration, "rewards", rows)
+    return {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
+
+
+def paid(config: DDPOConfig, asked: "list[Future[np.ndarray]]") -> np.ndarray:
+    """The rewards of all batches. Raises RewardFailed if the reward raised, hung, died or returned no number."""
+    try:
+        return np.concatenate([future.result() for future in asked])
+    except ConnectionError as error:
+        raise RewardFailed(
+            f"reward {config.reward}: ended its process, or took over --reward-timeout-s {config.reward_timeout_s:g} s "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def load_prompts(config: DDPOConfig, seed: int) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and to evaluate with. Raises UserError for a file that cannot be read or is empty."""
+    if config.prompts is None:
+        trained = [make_scene(config.scenes, seed, i, "train").caption for i in range(config.scene_prompts)]
+        return trained, [make_scene(config.scenes, seed, i, "heldout").caption for i in range(config.eval_images)]
+    try:
+        lines = config.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {config.prompts}: cannot be read ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {config.prompts}: holds no prompt; write one a line")
+    return prompts, [prompts[i % len(prompts)] for i in range(config.eval_images)]

@@ -1,0 +1,138 @@
+"""Environment steps a second of A2C with 1, 2, 4, ... workers, learning included, on three environments.
+
+CartPole-v1 costs a microsecond a step, HalfCheetah-v5 some fifty, and Slow-v0 sleeps for five milliseconds, as a
+simulator on another machine does. Where the environment is the bottleneck, twice the workers should play twice as much.
+
+python -m benchmarks.control_scaling                              on a machine with 16 cores: two and a half minutes
+python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import psutil
+import tyro
+from gymnasium.spaces import Box, Discrete
+
+from benchmarks.record import write_result
+
+
+class Slow(gymnasium.Env):
+    """5 ms a step, episodes of 200 steps; pays 1 for action 1."""
+
+    observation_space = Box(0, 1, (4,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.random(4, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        time.sleep(0.005)
+        self.steps += 1
+        return self.np_random.random(4, np.float32), float(action), False, self.steps == 200, {}
+
+
+gymnasium.register("Slow-v0", entry_point=Slow)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    env: str
+    flags: tuple[str, ...]
+    evaluation: int  # episodes
+
+
+SETTINGS = (
+    Setting("CartPole-v1", ("--envs-per-worker", "64", "--n-steps", "32", "--segments", "8"), 1),
+    Setting("HalfCheetah-v5", ("--envs-per-worker", "4", "--n-steps", "64", "--segments", "4"), 1),
+    Setting("benchmarks.control_scaling:Slow-v0", ("--envs-per-worker", "1", "--n-steps", "32", "--segments", "2"), 1),
+)
+
+
+@dataclasses.dataclass
+class Config:
+    workers: tuple[int, ...] = (1, 2, 4, 8, 14)
+    seconds: float = 6.0
+    """Measured in each run, after its start."""
+    envs: tuple[str, ...] = tuple(setting.env for setting in SETTINGS)
+    output: Path = Path("benchmarks/results/control_scaling.json")
+
+
+def main(config: Config) -> None:
+    found: dict[str, dict[int, float]] = {}
+    try:
+        for setting in [s for s in SETTINGS if s.env in config.envs]:
+            for workers in config.workers:
+                name = setting.env.rpartition(":")[2]
+                found.setdefault(name, {})[workers] = round(measure(setting, workers, config.seconds), 1)
+                print(name, workers, found[name][workers], "steps/s", flush=True)
+    finally:  # what is there when the time is up is kept
+        if found:
+            efficiency = {
+                env: {w: round(rate / (w / min(rates)) / rates[min(rates)], 3) for w, rate in rates.items()}
+                for env, rates in found.items()
+            }
+            ours = {"algorithm": "a2c", "env_steps_per_s": found, "efficiency": efficiency}
+            write_result(config.output, "control_scaling", ours)
+            plot(found, config.output.with_suffix(".png"))
+
+
+def measure(setting: Setting, workers: int, seconds: float) -> float:
+    """Steps a second between the run's first line of metrics and the last that was written in time."""
+    runs_dir = Path(tempfile.mkdtemp(prefix="scaling-"))
+    command = [sys.executable, "-m", "launch", "train", "a2c", "--env", setting.env, "--workers", str(workers)]
+    command += [*setting.flags, "--steps", str(10**9), "--eval-every", str(10**9), "--log-every", "1"]
+    command += ["--eval-episodes", "1", "--runs-dir", str(runs_dir), "--name", "run"]
+    with (runs_dir / "console").open("w") as console:
+        process = subprocess.Popen(command, stdout=console, stderr=console)
+    try:
+        entries = wait_for_entries(runs_dir / "run" / "metrics.jsonl", seconds, process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=30)
+    if len(entries) < 3:
+        raise SystemExit(f"{command} made no progress: see {runs_dir}/console")
+    first, last = entries[1], entries[-1]  # the first call of all includes what happens once
+    return (last["step"] - first["step"]) / (last["time"] - first["time"])
+
+
+def wait_for_entries(metrics: Path, seconds: float, process: "subprocess.Popen[bytes]") -> list[dict[str, float]]:
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(seconds)
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plot(found: dict[str, dict[int, float]], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (it is in the extra `plots`)")
+        return
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for env, rates in found.items():
+        base = rates[min(rates)] / min(rates)
+        axes.plot(list(rates), [rate / base for rate in rates.values()], "o-", label=env)
+    workers = sorted({w for rates in found.values() for w in rates})
+    axes.plot(workers, workers, "k:", label="proportional")
+    axes.set(xlabel="workers", ylabel="steps/s, of those of one worker", title=f"{psutil.cpu_count()} cores")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

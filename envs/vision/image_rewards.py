@@ -1,0 +1,79 @@
+"""What a picture is worth: rewards for text-to-image models.
+
+A reward is a function of images (N, H, W, 3) uint8 and their N prompts that returns N numbers. The ones here have
+names; any other is given as `module:function`.
+"""
+
+import importlib
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from models.errors import UserError, unknown_name
+
+Reward = Callable[[np.ndarray, Sequence[str]], Sequence[float]]
+_QUALITY = 95  # of the JPEG files, as in the paper's code
+
+
+class RewardFailed(UserError):
+    """A reward that raised, hung, or returned something else than numbers: the model and the run are well."""
+
+
+def jpeg_incompressibility(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+    """Kilobytes of each image as a JPEG file (Black et al. 2023, section 5.1)."""
+    return [_jpeg_kilobytes(image) for image in images]
+
+
+def jpeg_compressibility(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+    """The same, negated."""
+    return [-_jpeg_kilobytes(image) for image in images]
+
+
+NAMED: dict[str, Reward] = {
+    "jpeg-compressibility": jpeg_compressibility,
+    "jpeg-incompressibility": jpeg_incompressibility,
+}
+
+
+def find_reward(name: str) -> Reward:
+    """A reward by its name or by `module:function`. Raises UserError if there is none."""
+    if ":" not in name:
+        if name not in NAMED:
+            raise unknown_name("reward", name, NAMED)
+        return NAMED[name]
+    module, _, attribute = name.partition(":")
+    try:
+        reward = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"reward {name}: cannot be imported ({error}); is its folder on PYTHONPATH?") from None
+    if not callable(reward):
+        raise UserError(f"reward {name}: is a {type(reward).__name__}, not a function")
+    return reward
+
+
+class RewardScorer:
+    """An actor that pays for images."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._reward = name, find_reward(name)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Rewards (N,) float64. Raises RewardFailed if the reward raises, or returns anything but N finite numbers."""
+        try:
+            rewards = np.asarray(self._reward(images, prompts), dtype=np.float64)
+        except Exception as error:  # a user's function may raise anything
+            raise RewardFailed(f"reward {self._name}: raised {type(error).__name__}: {error}") from error
+        if rewards.shape != (len(images),):
+            raise RewardFailed(f"reward {self._name}: returned shape {rewards.shape} for {len(images)} images")
+        for reward, prompt in zip(rewards, prompts):
+            if not np.isfinite(reward):
+                raise RewardFailed(f"reward {self._name}: returned {reward} for the prompt {prompt!r}")
+        return rewards
+
+
+def _jpeg_kilobytes(image: np.ndarray) -> float:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="jpeg", quality=_QUALITY)
+    return content.tell() / 1000

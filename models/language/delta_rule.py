@@ -1,0 +1,162 @@
+"""Gated delta rule: a memory that replaces what it holds under a key instead of adding to it.
+
+    S_t = g_t (I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t        β_t in (0, 1), ‖k_t‖ = 1
+
+Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, eq. 10); with g = 1 DeltaNet (arXiv 2406.06484). Within a chunk the
+products of (I − β k kᵀ) collapse into the WY form (eq. 8–9 there): u solves a unit lower triangular system
+
+    (I + tril(diag(β) K Kᵀ ∘ Γ, −1)) [U, W] = diag(β) [V, K ∘ γ]
+
+with γ_i the decay from the chunk's start and Γ_ij = γ_i / γ_j, after which the chunk writes Kᵀ(U − W S) where plain
+linear attention writes KᵀV. The parallel form is one chunk.
+The paper's layer also has short convolutions before the features; ours has none, so its state is the matrix alone.
+
+Shapes and number formats are those of linear_attention.py; beta [B, L, H] like log_g.
+On a GPU in half precision the chunked form is flash-linear-attention's Triton kernel if that package is installed (the
+extra `fla`): its triangular inverse inside the chunk is what plain torch cannot fuse.
+A token with k = 0, β = 0 and log_g = 0 leaves the state as it is.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.language.config import LanguageConfig
+from models.language.linear_attention import CHUNK, LinearAttention, decay_between, join, split
+from models.language.recurrent import Rotation
+
+GROUP = 32  # chunks whose transitions are multiplied together
+
+
+def parallel(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every pair of tokens at once."""
+    return chunked_in_torch(q, k, v, log_g, beta, state, q.shape[1])
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Pairs within a chunk at once; from chunk to chunk only the state is handed on."""
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and (kernel := _fla_kernel()) is not None:
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        o, last = kernel(q, k, v, log_g, beta, scale=1.0, initial_state=state, output_final_state=True)
+        return o, last
+    return chunked_in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
+
+
+@functools.cache
+def _fla_kernel() -> Callable[..., Any] | None:
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return cast(Callable[..., Any], chunk_gated_delta_rule)
+
+
+def chunked_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The chunked form without a kernel: all chunks' triangular systems at once, then a scan over the chunks."""
+    length, width = q.shape[1], v.shape[-1]
+    q, k, v = (split(x.float(), chunk) for x in (q, k, v))  # [B, H, N, chunk, ·]
+    beta = split(beta.float()[..., None], chunk)
+    decay = split(log_g[..., None], chunk).squeeze(-1).double().cumsum(-1)
+    between, from_start = decay_between(decay), decay.float().exp()[..., None]
+
+    system = beta * (k @ k.mT) * between  # solve_triangular takes the diagonal as ones and reads only below it
+    both = torch.cat([beta * v, beta * from_start * k], -1)
+    new, read = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True).split(
+        [width, k.shape[-1]], -1
+    )
+
+    k_end = (k * between[..., -1, :, None]).mT  # decayed to the chunk's end, [B, H, N, F, chunk]
+    kept = from_start[..., -1:, :] * torch.eye(k.shape[-1], device=k.device) - k_end @ read
+    before, last = scan(kept, k_end @ new, state)
+    o = (q * from_start) @ before + (q @ k.mT * between) @ (new - read @ before)
+    return join(o, length), last
+
+
+def scan(kept: Tensor, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state before each of N chunks, [B, H, N, F, C], and after the last, when chunk n turns S into kept_n S +
+    written_n (kept [B, H, N, F, F], written [B, H, N, F, C]).
+
+    2 · GROUP steps rather than N: all groups of chunks advance side by side, each carrying what it does to any state
+    that enters it, and then the groups follow one another.
+    """
+    chunks, size = written.shape[2], written.shape[3]
+    if state is None:
+        state = torch.zeros_like(written[:, :, 0])
+    before = []
+    if chunks <= GROUP:
+        for n in range(chunks):
+            before.append(state)
+            state = kept[:, :, n] @ state + written[:, :, n]
+        return torch.stack(before, 2), state
+    padding = -chunks % GROUP
+    identity = torch.eye(size, device=kept.device).expand(*kept.shape[:2], padding, size, size)
+    kept = torch.cat([kept, identity], 2).unflatten(2, (-1, GROUP))  # [B, H, M, GROUP, F, F]
+    written = torch.cat([written, written.new_zeros(*written.shape[:2], padding, *written.shape[3:])], 2)
+    written = written.unflatten(2, (-1, GROUP))
+    effect = torch.eye(size, device=kept.device).expand(*kept.shape[:3], size, size)
+    effect = torch.cat([effect, torch.zeros_like(written[:, :, :, 0])], -1)  # S ↦ effect[..., :F] S + effect[..., F:]
+    for n in range(GROUP):
+        before.append(effect)
+        keep_n, write_n = kept[:, :, :, n], written[:, :, :, n]
+        effect = keep_n @ effect
+        effect = torch.cat([effect[..., :size], effect[..., size:] + write_n], -1)
+    start, last = scan(effect[..., :size], effect[..., size:], state)
+    effects = torch.stack(before, 3)  # [B, H, M, GROUP, F, F + C]
+    states = effects[..., :size] @ start[:, :, :, None] + effects[..., size:]
+    return states.flatten(2, 3)[:, :, :chunks], last
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token after another."""
+    if state is None:
+        state = torch.zeros(*k.shape[:1], *k.shape[2:], v.shape[-1], device=q.device)
+    outputs = []
+    for t in range(q.shape[1]):
+        o, state = step(q[:, t], k[:, t], v[:, t], log_g[:, t], beta[:, t], state)
+        outputs.append(o)
+    return torch.stack(outputs, 1), state
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of each sequence: q, k [B, H, F], v [B, H, C], log_g, beta [B, H]."""
+    q, k, v = q.float(), k.float(), v.float()
+    state = log_g.float().exp()[..., None, None] * state
+    held = (k[..., None, :] @ state).squeeze(-2)  # what the memory has under this key
+    state = state + k[..., :, None] * (beta.float()[..., None] * (v - held))[..., None, :]
+    return (q[..., None, :] @ state).squeeze(-2), state
+
+
+class GatedDeltaRule(LinearAttention):
+    """Gated decay's layer with another memory, and β = sigmoid(W x) for each head, computed in float32."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__(config)
+        self.b_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+
+    def project(self, x_TD: Tensor, cos_sin: Rotation, positions_T: Tensor) -> tuple[Tensor, ...]:
+        return *super().project(x_TD, cos_sin, positions_T), self.b_proj(x_TD).float().sigmoid()
+
+    def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, log_g, beta = inputs
+        return chunked(q, k, v, log_g, beta, state)
+
+    def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, log_g, beta = inputs
+        return step(q, k, v, log_g, beta, state)

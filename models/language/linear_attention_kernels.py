@@ -1,0 +1,282 @@
+"""Triton kernels for the chunked form of linear attention on a GPU: the same three pieces as in linear_attention.py.
+
+    write   what each chunk adds to the state            W_n = (K ∘ exp(d_end − d))ᵀ V
+    scan    the state before each chunk                  S_{n+1} = exp(d_end) S_n + W_n
+    read    what each token reads                        o_i = Σ_{j≤i} (q_i·k_j) exp(d_i − d_j) v_j + exp(d_i) S_nᵀ q_i
+
+d is the log-decay summed from the chunk's start. What plain torch writes to memory between its products (scores and
+decays, [chunk, chunk] for each chunk and head) stays on the chip here. Products take the dtype of v and sum in float32;
+decays and states are float32. Backward passes are written out; each reads its inputs again and recomputes the scores.
+
+Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay [B, H, N, chunk] and states
+[B, H, N, F, C], float32.
+"""
+
+# mypy: disallow-untyped-defs=False
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SCAN_BLOCK = 256
+WIDTHS = (16, 32, 64, 128)
+
+
+@triton.jit
+def _tile(base, b, h, t, L, H, offset, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to rows t, channels offset to offset + WIDTH, of a contiguous [B, L, H, STRIDE]; which rows exist."""
+    row = (b * L + t).to(tl.int64) * H + h
+    return base + row[:, None] * STRIDE + offset + tl.arange(0, WIDTH)[None, :], (t < L)[:, None]
+
+
+@triton.jit
+def _state(base, chunk, offset, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """Pointers to columns offset to offset + BC of one chunk's [F, C]."""
+    return base + chunk * F * C + tl.arange(0, F)[:, None] * C + offset + tl.arange(0, BC)[None, :]
+
+
+@triton.jit
+def _write_forward(k, v, decay, written, L, H, N, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):
+    n, bh, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
+    chunk = bh.to(tl.int64) * N + n
+    t = n * BT + tl.arange(0, BT)
+    k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
+    v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
+    v_tile = tl.load(v_at, mask=exists, other=0.0)
+    d = tl.load(decay + chunk * BT + tl.arange(0, BT))
+    end = tl.load(decay + chunk * BT + BT - 1)
+    k_end = (tl.load(k_at, mask=exists, other=0.0) * tl.exp(end - d)[:, None]).to(v_tile.dtype)
+    tl.store(_state(written, chunk, offset, F, C, BC), tl.dot(tl.trans(k_end), v_tile, input_precision="ieee"))
+
+
+@triton.jit
+def _write_backward(
+    k, v, decay, d_written, d_k, d_v, d_decay, L, H, N,
+    F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    n, bh = tl.program_id(0), tl.program_id(1)
+    chunk = bh.to(tl.int64) * N + n
+    t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
+    k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
+    k_tile = tl.load(k_at, mask=exists, other=0.0)
+    d = tl.load(decay + chunk * BT + i)
+    end = tl.load(decay + chunk * BT + BT - 1)
+    fade = tl.exp(end - d)[:, None]
+    k_end = (k_tile * fade).to(k_tile.dtype)
+    dk = tl.zeros([BT, F], dtype=tl.float32)
+    for offset in range(0, C, BC):
+        v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
+        v_tile = tl.load(v_at, mask=exists, other=0.0)
+        dw = tl.load(_state(d_written, chunk, offset, F, C, BC)).to(v_tile.dtype)
+        dk += tl.dot(v_tile, tl.trans(dw), input_precision="ieee")
+        dv = tl.dot(k_end, dw, input_precision="ieee")
+        dv_at, _ = _tile(d_v, bh // H, bh % H, t, L, H, offset, C, BC)
+        tl.store(dv_at, dv.to(v_tile.dtype), mask=exists)
+    dk = dk * fade
+    dk_at, _ = _tile(d_k, bh // H, bh % H, t, L, H, 0, F, F)
+    tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
+    shrink = tl.sum(dk * k_tile, 1)
+    tl.store(d_decay + chunk * BT + i, tl.where(i == BT - 1, tl.sum(shrink, 0), 0.0) - shrink)
+
+
+@triton.jit
+def _read_forward(
+    q, k, v, decay, before, o, L, H, N, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr
+):
+    n, bh, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
+    chunk = bh.to(tl.int64) * N + n
+    t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
+    q_at, exists = _tile(q, bh // H, bh % H, t, L, H, 0, F, F)
+    k_at, _ = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
+    v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
+    q_tile, k_tile = tl.load(q_at, mask=exists, other=0.0), tl.load(k_at, mask=exists, other=0.0)
+    v_tile = tl.load(v_at, mask=exists, other=0.0)
+    d = tl.load(decay + chunk * BT + i)
+    past = i[:, None] >= i[None, :]
+    between = tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * between
+    state = tl.load(_state(before, chunk, offset, F, C, BC)).to(v_tile.dtype)
+    far = tl.dot(q_tile, state, input_precision="ieee") * tl.exp(d)[:, None]
+    out = far + tl.dot(scores.to(v_tile.dtype), v_tile, input_precision="ieee")
+    o_at, _ = _tile(o, bh // H, bh % H, t, L, H, offset, C, BC)
+    tl.store(o_at, out.to(v_tile.dtype), mask=exists)
+
+
+@triton.jit
+def _read_backward(
+    q, k, v, decay, before, d_o, d_q, d_k, d_v, d_decay, d_before, L, H, N,
+    F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    n, bh = tl.program_id(0), tl.program_id(1)
+    b, h, chunk = bh // H, bh % H, bh.to(tl.int64) * N + n
+    t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
+    q_at, exists = _tile(q, b, h, t, L, H, 0, F, F)
+    k_at, _ = _tile(k, b, h, t, L, H, 0, F, F)
+    q_tile, k_tile = tl.load(q_at, mask=exists, other=0.0), tl.load(k_at, mask=exists, other=0.0)
+    d = tl.load(decay + chunk * BT + i)
+    past = i[:, None] >= i[None, :]
+    between = tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
+    fade = tl.exp(d)[:, None]
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * between
+    q_fade = (q_tile * fade).to(q_tile.dtype)
+    d_scores = tl.zeros([BT, BT], dtype=tl.float32)
+    dq_far = tl.zeros([BT, F], dtype=tl.float32)
+    for offset in range(0, C, BC):
+        v_at, _ = _tile(v, b, h, t, L, H, offset, C, BC)
+        do_at, _ = _tile(d_o, b, h, t, L, H, offset, C, BC)
+        v_tile, do = tl.load(v_at, mask=exists, other=0.0), tl.load(do_at, mask=exists, other=0.0)
+        state = tl.load(_state(before, chunk, offset, F, C, BC)).to(v_tile.dtype)
+        d_scores += tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+        dq_far += tl.dot(do, tl.trans(state), input_precision="ieee")
+        dv = tl.dot(tl.trans(scores.to(do.dtype)), do, input_precision="ieee")
+        dv_at, _ = _tile(d_v, b, h, t, L, H, offset, C, BC)
+        tl.store(dv_at, dv.to(v_tile.dtype), mask=exists)
+        ds = tl.dot(tl.trans(q_fade), do, input_precision="ieee")
+        tl.store(_state(d_before, chunk, offset, F, C, BC), ds)
+    dq_far = dq_far * fade
+    change = d_scores * scores  # of the exponents d_i − d_j
+    d_scores = (d_scores * between).to(k_tile.dtype)
+    dq = dq_far + tl.dot(d_scores, k_tile, input_precision="ieee")
+    dk = tl.dot(tl.trans(d_scores), q_tile, input_precision="ieee")
+    dq_at, _ = _tile(d_q, b, h, t, L, H, 0, F, F)
+    dk_at, _ = _tile(d_k, b, h, t, L, H, 0, F, F)
+    tl.store(dq_at, dq.to(q_tile.dtype), mask=exists)
+    tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
+    tl.store(d_decay + chunk * BT + i, tl.sum(change, 1) - tl.sum(change, 0) + tl.sum(dq_far * q_tile, 1))
+
+
+@triton.jit
+def _scan_forward(log_kept, written, state, before, last, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    bh = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.load(state + bh * SIZE + at, mask=at < SIZE, other=0.0)
+    for n in range(N):
+        tl.store(before + (bh * N + n) * SIZE + at, s, mask=at < SIZE)
+        kept = tl.exp(tl.load(log_kept + bh * N + n))
+        s = kept * s + tl.load(written + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+    tl.store(last + bh * SIZE + at, s, mask=at < SIZE)
+
+
+@triton.jit
+def _scan_backward(
+    log_kept, before, d_before, d_last, d_kept, d_written, d_state, N, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    ds = tl.load(d_last + bh * SIZE + at, mask=at < SIZE, other=0.0)
+    for m in range(N):
+        n = N - 1 - m
+        tl.store(d_written + (bh * N + n) * SIZE + at, ds, mask=at < SIZE)
+        kept = tl.exp(tl.load(log_kept + bh * N + n))
+        s = tl.load(before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+        tl.store(d_kept + (bh * N + n) * tl.num_programs(1) + block, kept * tl.sum(ds * s, 0))
+        ds = kept * ds + tl.load(d_before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+    tl.store(d_state + bh * SIZE + at, ds, mask=at < SIZE)
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        ctx.save_for_backward(k, v, decay)
+        batch, heads, chunks, _ = decay.shape
+        written = torch.empty(*decay.shape[:3], k.shape[-1], v.shape[-1], device=k.device)
+        sizes = _sizes(k, v, decay)
+        grid = (chunks, batch * heads, v.shape[-1] // sizes["BC"])
+        _write_forward[grid](k, v, decay, written, k.shape[1], heads, chunks, **sizes)
+        return written
+
+    @staticmethod
+    def backward(ctx: Any, d_written: Tensor) -> tuple[Tensor, ...]:
+        k, v, decay = ctx.saved_tensors
+        batch, heads, chunks, _ = decay.shape
+        grads = [torch.empty_like(x) for x in (k, v, decay)]
+        arguments = (k, v, decay, d_written.contiguous(), *grads, k.shape[1], heads, chunks)
+        _write_backward[(chunks, batch * heads)](*arguments, **_sizes(k, v, decay, backward=True))
+        return tuple(grads)
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, decay, before)
+        batch, heads, chunks, _ = decay.shape
+        o, sizes = torch.empty_like(v), _sizes(k, v, decay)
+        grid = (chunks, batch * heads, v.shape[-1] // sizes["BC"])
+        _read_forward[grid](q, k, v, decay, before, o, k.shape[1], heads, chunks, **sizes)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, decay, before = ctx.saved_tensors
+        batch, heads, chunks, _ = decay.shape
+        grads = [torch.empty_like(x) for x in (q, k, v, decay, before)]
+        arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
+        _read_backward[(chunks, batch * heads)](*arguments, **_sizes(k, v, decay, backward=True))
+        return tuple(grads)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_kept: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        batch, heads, chunks, *size = written.shape
+        before, last = torch.empty_like(written), torch.empty_like(state)
+        size_FC = size[0] * size[1]
+        grid = (batch * heads, triton.cdiv(size_FC, SCAN_BLOCK))
+        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        ctx.save_for_backward(log_kept, before)
+        return before, last
+
+    @staticmethod
+    def backward(ctx: Any, d_before: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:
+        log_kept, before = ctx.saved_tensors
+        batch, heads, chunks, *size = before.shape
+        size_FC = size[0] * size[1]
+        blocks = triton.cdiv(size_FC, SCAN_BLOCK)
+        d_kept = torch.empty(*log_kept.shape, blocks, device=before.device)
+        d_written, d_state = torch.empty_like(before), torch.empty_like(d_last, memory_format=torch.contiguous_format)
+        arguments = (log_kept, before, d_before.contiguous(), d_last.contiguous(), d_kept, d_written, d_state, chunks)
+        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        return d_kept.sum(-1), d_written, d_state
+
+
+def _sizes(k: Tensor, v: Tensor, decay: Tensor, backward: bool = False) -> dict[str, int]:
+    """Channels of v at once, and warps: such that the tiles of one program fit its registers."""
+    features, channels, wide = k.shape[-1], v.shape[-1], k.shape[-1] > 64
+    block = min(channels, 32 if wide and backward else 64)
+    return {"F": features, "C": channels, "BC": block, "BT": decay.shape[-1], "num_warps": 8 if wide or backward else 4}
+
+
+def write(k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    return _Write.apply(k.contiguous(), v.contiguous(), decay)
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor) -> Tensor:
+    return _Read.apply(q.contiguous(), k.contiguous(), v.contiguous(), decay, before.contiguous())
+
+
+def scan(log_kept: Tensor, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    if state is None:
+        state = torch.zeros_like(written[:, :, 0])
+    return _Scan.apply(log_kept.contiguous(), written, state.float().contiguous())
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """As linear_attention.chunked; q and k are brought to the dtype of v."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    decay = chunk_decay(q, log_g, chunk)
+    before, last = scan(decay[..., -1], write(k, v, decay), state)
+    return read(q, k, v, decay, before), last
+
+
+def chunk_decay(q: Tensor, log_g: Tensor | None, chunk: int) -> Tensor:
+    """Log-decays summed from each chunk's start, float32 [B, H, N, chunk]."""
+    batch, length, heads, _ = q.shape
+    chunks = triton.cdiv(length, chunk)
+    if log_g is None:
+        return torch.zeros(batch, heads, chunks, chunk, device=q.device)
+    padded = torch.nn.functional.pad(log_g.float(), (0, 0, 0, chunks * chunk - length))
+    return padded.mT.unflatten(2, (chunks, chunk)).cumsum(3).contiguous()

@@ -1,0 +1,193 @@
+"""What every on-policy algorithm has to do: learn, repeat itself, resume, refuse."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents import on_policy
+from agents.a2c import A2C, A2CConfig
+from agents.on_policy import OnPolicyConfig, batch
+from agents.rollout import RolloutConfig, RolloutWorker
+from launch import jobs
+from models.errors import UserError
+from tests.agents.runs import assert_equal, final_state, metrics, runtime, train, train_until_killed
+
+HERE = "tests.envs.control.environments"
+COUNTING, REACHING = f"{HERE}:Counting-v0", f"{HERE}:Reaching"
+SHORT = {"steps": 3000, "workers": 1, "eval_every": 1000, "log_every": 500, "eval_episodes": 5, "n_steps": 8}
+JOBS = ["qac", "a2c", "trpo", "ppo"]
+
+
+def short(job: str, **changes: Any) -> Any:
+    return jobs.find(job).config_class()(**SHORT | changes)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path, job: str, env: str) -> None:
+    config = short(job, env=env, normalize_observations=True, normalize_rewards=True)
+    train(job, config, tmp_path, "whole")
+    train_until_killed(job, config, tmp_path, "cut", step=1900)
+    assert 1000 <= final_state(tmp_path, "cut")["env_steps"] < 2000
+    train(job, config, tmp_path, "cut", resume=True)
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+    assert metrics(tmp_path, "cut") == metrics(tmp_path, "whole")
+
+
+def test_two_workers_resume_exactly_too(tmp_path: Path) -> None:
+    config = short("a2c", workers=2)
+    train("a2c", config, tmp_path, "whole")
+    train_until_killed("a2c", config, tmp_path, "cut", step=1900)
+    train("a2c", config, tmp_path, "cut", resume=True)
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_seed_decides(tmp_path: Path, job: str) -> None:
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        train(job, short(job, steps=600), tmp_path, name, seed=seed)
+    assert_equal(final_state(tmp_path, "a"), final_state(tmp_path, "b"))
+    weights = [final_state(tmp_path, name)["networks"]["policy"]["net.0.weight"] for name in "ac"]
+    assert not torch.equal(*weights)
+
+
+def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path) -> None:
+    config = A2CConfig(env=COUNTING, steps=20_000, eval_every=20_000, eval_episodes=10, lr=3e-3)
+    train("a2c", config, tmp_path, "run")
+    run = runtime(tmp_path, "run", resume=True)
+    jobs.find("a2c").evaluator()(replace(config, eval_episodes=7), run)  # type: ignore[misc]
+    run.close()
+    assert metrics(tmp_path, "run")[-1]["eval/return_mean"] == 15
+    sampled = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["eval/sampled/return_mean"]
+    assert 5 < sampled <= 15
+    rows = [json.loads(line) for line in next((tmp_path / "run/rollouts").glob("*.jsonl")).read_text().splitlines()]
+    assert [row["policy"] for row in rows] == ["greedy"] * 7 + ["sampled"] * 7
+    assert rows[0] == {"policy": "greedy", "return": 15, "length": 5}
+    assert np.mean([row["return"] for row in rows[7:]]) == pytest.approx(sampled)
+    fresh = runtime(tmp_path, "fresh")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        jobs.find("a2c").evaluator()(config, fresh)  # type: ignore[misc]
+    fresh.close()
+
+
+def fragment_of(learner: on_policy.Learner, env: str, steps: int = 20) -> Any:
+    rollout = RolloutConfig(env, 4, learner.policy.numpy_policy, 0, learner.config.gamma, 60)
+    return RolloutWorker(rollout).collect(learner.snapshot(), steps, 0, True)
+
+
+def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None:
+    config = short("a2c", env=REACHING, normalize_observations=True, normalize_rewards=True)
+    learner = A2C(config, 0)
+    fragment = fragment_of(learner, REACHING)
+    learner.learn(fragment)
+    snapshot = learner.snapshot()
+    assert snapshot.normalizer is not None
+    np.testing.assert_allclose(snapshot.normalizer.mean, fragment.observations[:-1][fragment.valid].mean(0), atol=1e-6)
+    before = learner.state()
+    worker = RolloutWorker(RolloutConfig(REACHING, 4, learner.policy.numpy_policy, 0, 0.99, 60))
+    first, _ = worker.evaluate(snapshot, 20, 0, greedy=True)
+    np.testing.assert_array_equal(first, worker.evaluate(snapshot, 20, 0, greedy=True)[0])
+    assert_equal(learner.state(), before)
+
+
+def test_rewards_are_divided_by_the_spread_of_the_discounted_return() -> None:
+    config = short("a2c", env=COUNTING, normalize_rewards=True)
+    learner, seen = A2C(config, 0), []
+    learner.update = lambda fragment: seen.append(fragment) or {}  # type: ignore
+    fragment = fragment_of(learner, COUNTING)
+    learner.learn(fragment)
+    std = np.sqrt(fragment.return_moments.m2 / fragment.return_moments.count)
+    np.testing.assert_allclose(seen[0].rewards, fragment.rewards / std, rtol=1e-5)
+
+
+def test_a_batch_holds_the_valid_steps_with_normalised_advantages() -> None:
+    learner = A2C(short("a2c", env=COUNTING), 0)
+    fragment = fragment_of(learner, COUNTING)
+    assert not fragment.valid.all()
+    values = np.random.default_rng(0).normal(size=(21, 4)).astype(np.float32)
+    steps = batch(fragment, values, learner.config)
+    assert len(steps.actions) == fragment.valid.sum()
+    assert steps.advantages.mean().item() == pytest.approx(0, abs=1e-6)
+    assert steps.advantages.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    # Dummies do not reach into what is left: any reward there changes nothing.
+    poisoned = replace(fragment, rewards=np.where(fragment.valid, fragment.rewards, 1e6).astype(np.float32))
+    torch.testing.assert_close(batch(poisoned, values, learner.config).targets, steps.targets)
+
+
+def test_learning_rates_fall_or_stay() -> None:
+    linear, constant = A2C(short("a2c"), 0), A2C(short("a2c", lr_schedule="constant"), 0)
+    linear.env_steps = constant.env_steps = 750
+    assert linear.rate(4.0) == 3
+    assert constant.rate(4.0) == 4
+    linear.env_steps = 5000
+    assert linear.rate(4.0) == 0
+    linear.env_steps = 750
+    linear.learn(fragment_of(linear, "CartPole-v1", 8))
+    rates = [group["lr"] for group in linear.optimizers["adam"].param_groups]
+    assert rates == pytest.approx([0.75 * linear.config.lr, 0.75 * linear.config.critic_lr])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run")
+    save = run.save
+
+    def save_then_poison(step: int, state: Any, score: float | None = None) -> None:
+        save(step, state, score)
+        state["networks"]["critic"]["net.0.weight"].fill_(float("nan"))
+
+    run.save = save_then_poison  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="not finite at step 1"):
+        jobs.find("a2c").trainer()(short("a2c"), run)
+    run.close()
+    assert all(tensor.isfinite().all() for tensor in final_state(tmp_path, "run")["networks"]["critic"].values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"env": "Acrobot-v1"}, "checkpoint is of CartPole-v1, not of Acrobot-v1"),
+        ({"hidden": (32,)}, "not that of --hidden"),
+    ],
+)
+def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) -> None:
+    state = A2C(short("a2c"), 0).state()
+    with pytest.raises(UserError, match=message) as caught:
+        A2C(short("a2c", **change), 0).load_state(state)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workers": 0}, "--workers is 0: must be positive"),
+        ({"n_steps": -1}, "--n-steps is -1"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+        ({"gamma": 1.5}, "--gamma is 1.5: must be at most 1"),
+        ({"ent_coef": -0.1}, "--ent-coef is -0.1: must not be negative"),
+        ({"hidden": (64, 0)}, "widths must be positive"),
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        short("a2c", **change)
+
+
+def test_settings_that_may_be_zero_or_negative() -> None:
+    assert short("a2c", ent_coef=0.0, log_std_init=-1.0).ent_coef == 0
+
+
+def test_an_unknown_environment_starts_nothing(tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run")
+    with pytest.raises(UserError, match="did you mean `CartPole-v1`"):
+        jobs.find("a2c").trainer()(short("a2c", env="Cartpole-v1"), run)
+    run.close()
+
+
+def test_every_job_names_its_configuration() -> None:
+    for job in JOBS:
+        assert issubclass(jobs.find(job).config_class(), OnPolicyConfig)

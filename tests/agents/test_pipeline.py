@@ -1,0 +1,95 @@
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from agents.pipeline import Pipeline
+from agents.rollout import ATTEMPTS
+
+
+class Group:
+    """Workers whose calls return when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, tuple, Future]] = []
+
+    def call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> "Future[Any]":
+        assert (method, timeout_s) == ("collect", 3.0)
+        self.calls.append((index, args, Future()))
+        return self.calls[-1][2]
+
+    def answer(self, number: int) -> None:
+        worker, args, future = self.calls[number]
+        future.set_result((worker, *args))
+
+    def die(self, number: int) -> None:
+        self.calls[number][2].set_exception(ConnectionError("killed"))
+
+
+def pipeline(in_order: bool) -> tuple[Pipeline, Group]:
+    group = Group()
+    made: Any = Pipeline(group, "collect", 3.0, in_order)  # type: ignore[arg-type]
+    for worker, call in [(0, "a"), (1, "b"), (0, "c")]:
+        made.issue(worker, call)
+    return made, group
+
+
+def test_in_order_results_come_as_they_were_asked_for() -> None:
+    calls, group = pipeline(in_order=True)
+    for number in (2, 1, 0):
+        group.answer(number)
+    assert [calls.next() for _ in range(3)] == [(0, (0, "a")), (1, (1, "b")), (0, (0, "c"))]
+    assert not calls
+
+
+def test_otherwise_whatever_is_ready_comes_and_the_longest_asked_for_first() -> None:
+    calls, group = pipeline(in_order=False)
+    group.answer(1)
+    assert calls.next() == (1, (1, "b"))
+    group.answer(2)
+    group.answer(0)
+    assert [calls.next() for _ in range(2)] == [(0, (0, "a")), (0, (0, "c"))]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_calls_of_a_worker_that_died_are_issued_again_in_their_order(in_order: bool) -> None:
+    calls, group = pipeline(in_order)
+    group.die(0)
+    group.die(2)
+    group.answer(1)
+    answered = 0
+
+    def answer_what_was_issued_again(index: int, method: str, *args: Any, timeout_s: float | None = None) -> Future:
+        nonlocal answered
+        answered += 1
+        future: Future = Future()
+        future.set_result(("again", index, *args))
+        return future
+
+    group.call = answer_what_was_issued_again  # type: ignore[method-assign]
+    found = [calls.next() for _ in range(3)]
+    assert answered == 2
+    assert [result for worker, result in found if worker == 0] == [("again", 0, "a"), ("again", 0, "c")]
+    assert (1, (1, "b")) in found
+
+
+def test_a_call_that_kills_every_worker_ends_the_run() -> None:
+    calls, group = pipeline(in_order=True)
+
+    def die(index: int, method: str, *args: Any, timeout_s: float | None = None) -> Future:
+        group.calls.append((index, args, Future()))
+        group.die(-1)
+        return group.calls[-1][2]
+
+    group.call = die  # type: ignore[method-assign]
+    group.die(0)
+    with pytest.raises(ConnectionError, match="killed"):
+        calls.next()
+    assert len(group.calls) == 3 + ATTEMPTS - 1
+
+
+def test_an_error_of_the_worker_is_passed_on() -> None:
+    calls, group = pipeline(in_order=True)
+    group.calls[0][2].set_exception(ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        calls.next()

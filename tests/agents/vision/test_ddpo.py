@@ -1,0 +1,163 @@
+"""The ddpo job on a tiny model: it raises its reward, resumes bit for bit, and outlives bad rewards."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agents.vision.ddpo import DDPOConfig, evaluate, train
+from agents.vision.ddpo_learner import DDPOLearner
+from envs.vision.scenes import SceneConfig
+from launch.checkpoint import CheckpointStore
+from launch.config import RunConfig
+from launch.run_directory import RunDirectory
+from launch.runtime import EvaluationRuntime, Runtime
+from models.diffusion.folder import load_folder, save_folder
+from models.diffusion.lora import WEIGHTS, load_lora
+from models.errors import UserError
+from tests.models.diffusion.small_models import latent_diffusion
+
+HERE = "tests.agents.vision.rewards"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_folder(latent_diffusion(), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(model: Path) -> DDPOConfig:
+    return DDPOConfig(
+        model=model, reward=f"{HERE}:brightness", scenes=SceneConfig(size=64, max_objects=1), scene_prompts=2,
+        iterations=3, samples=4, batch_size=2, updates=2, steps=2, guidance=2.0, eval_images=2, eval_every=2, lr=1e-3,
+    )  # fmt: skip
+
+
+def start(
+    runs: Path, config: DDPOConfig, name: str = "run", resume: bool = False, backend: str = "local"
+) -> RunDirectory:
+    directory = RunDirectory(runs / name) if resume else RunDirectory.create(runs, name, {"job": "ddpo"})
+    checkpoint = CheckpointStore(directory.checkpoints, 9).newest() if resume else None
+    settings = RunConfig(backend=backend, keep_checkpoints=9)  # type: ignore[arg-type]
+    run = Runtime("ddpo", settings, directory, checkpoint)
+    try:
+        train(config, run)
+        run.finish("finished")
+    finally:
+        run.close()
+    return directory
+
+
+def logged(directory: RunDirectory, name: str) -> list[float]:
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize(("estimator", "lora_r"), [("is", 0), ("sf", 4)], ids=["is, full", "sf, lora"])
+def test_the_reward_rises(tiny: DDPOConfig, tmp_path: Path, estimator: str, lora_r: int) -> None:
+    config = replace(
+        tiny, estimator=estimator, updates=2 if estimator == "is" else 1, lora_r=lora_r, iterations=6, samples=16,
+        batch_size=8, steps=3, clip_range=0.1, lr=3e-3 if lora_r == 0 else 2e-2, eval_images=8, eval_every=6,
+    )  # fmt: skip
+    directory = start(tmp_path, config)
+    before, after = logged(directory, "eval/reward_mean")
+    spread, _ = logged(directory, "eval/reward_std")
+    assert after > before + 0.5 * spread
+
+
+def test_the_first_update_is_on_policy(tiny: DDPOConfig) -> None:
+    learner = DDPOLearner(replace(tiny, updates=1, batch_size=4, steps=3), seed=0, device="cpu")
+    rollout, images = learner.sample(["a red circle"] * 4, torch.Generator().manual_seed(0))
+    assert rollout.latents_NSZhw.shape == (4, 4, 4, 8, 8)
+    assert images.shape == (4, 3, 64, 64)
+    figures = learner.update(rollout, torch.arange(4.0).numpy())
+    assert figures["train/approx_kl"] < 1e-10
+    assert figures["train/clip_fraction"] == 0
+    assert figures["train/loss"] == pytest.approx(0, abs=1e-5)  # advantages have zero mean
+    assert learner.update(rollout, torch.arange(4.0).numpy())["train/approx_kl"] > 1e-10
+
+
+def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
+    directory = start(tmp_path, tiny)
+    assert (directory.root / "model" / "final" / WEIGHTS).is_file()
+    tuned = load_folder(tiny.model).unet
+    load_lora(tuned, directory.root / "model" / "final")
+    learner = DDPOLearner(tiny, seed=0, device="cpu")
+    learner.load_state(CheckpointStore(directory.checkpoints, 9).newest().load())
+    for name, parameter in tuned.named_parameters():
+        assert torch.equal(parameter, learner.model.unet.get_parameter(name))
+    run = EvaluationRuntime(
+        "ddpo", RunConfig(backend="local"), directory, CheckpointStore(directory.checkpoints, 9).newest()
+    )
+    evaluate(tiny, run)
+    run.close()
+    metrics = json.loads(directory.summary.read_text())["metrics"]
+    assert metrics["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
+    assert metrics["eval/before/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[0])
+
+
+def test_resume_repeats_the_uninterrupted_run(tiny: DDPOConfig, tmp_path: Path) -> None:
+    whole = start(tmp_path, replace(tiny, iterations=4), "whole")
+    start(tmp_path, replace(tiny, iterations=2), "cut")
+    cut = start(tmp_path, replace(tiny, iterations=4), "cut", resume=True)
+    ours, theirs = (load_file(directory.root / "model" / "final" / WEIGHTS) for directory in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("reward", "named"),
+    [
+        ("raises", "raised ZeroDivisionError: no scale"),
+        ("not_a_number", "returned nan for the prompt 'a"),
+        ("too_few", r"returned shape \(1,\) for 2 images"),
+        ("NOT_A_FUNCTION", "is a int, not a function"),
+        ("missing", "cannot be imported"),
+    ],
+)
+def test_bad_rewards(tiny: DDPOConfig, tmp_path: Path, reward: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        start(tmp_path, replace(tiny, reward=f"{HERE}:{reward}"))
+
+
+def test_nothing_is_lost_by_a_reward_that_fails_later(tiny: DDPOConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too late"):
+        start(tmp_path, replace(tiny, reward=f"{HERE}:fails_later", iterations=9, eval_every=9))
+    newest = CheckpointStore(RunDirectory(tmp_path / "run").checkpoints, 9).newest()
+    assert newest.step == 2  # one batch of evaluation, two of each iteration: the third iteration's second call fails
+
+
+@pytest.mark.ray
+def test_a_reward_that_hangs(tiny: DDPOConfig, tmp_path: Path) -> None:
+    config = replace(tiny, reward=f"{HERE}:hangs", reward_timeout_s=1.0, iterations=1)
+    with pytest.raises(UserError, match="took over --reward-timeout-s 1 s"):
+        start(tmp_path, config, backend="ray")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"estimator": "sf"}, "--estimator sf is right for the first update only"),
+        ({"samples": 6}, "multiple of --batch-size 2 times --updates 2"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+    ],
+)
+def test_settings_that_cannot_be(tiny: DDPOConfig, changes: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        replace(tiny, **changes)
+
+
+def test_prompts_of_a_file(tiny: DDPOConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n  \n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        start(tmp_path, replace(tiny, prompts=prompts))
+    with pytest.raises(UserError, match="cannot be read"):
+        start(tmp_path, replace(tiny, prompts=tmp_path), "other")
+    with pytest.raises(UserError, match="--model is missing"):
+        start(tmp_path, replace(tiny, model=Path()), "third")

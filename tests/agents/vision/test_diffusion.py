@@ -1,0 +1,153 @@
+"""The diffusion job on tiny networks: it learns, resumes bit for bit, and leaves a folder behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from agents.vision.diffusion import DiffusionConfig, evaluate, train
+from agents.vision.diffusion_learner import LearningConfig, NetworkConfig
+from envs.vision.captioned import CaptionedConfig, make_captioned
+from envs.vision.coco import CocoConfig
+from envs.vision.coco_format import write_scenes
+from envs.vision.scenes import SceneConfig
+from launch.checkpoint import CheckpointStore
+from launch.config import RunConfig
+from launch.run_directory import RunDirectory
+from launch.runtime import EvaluationRuntime, Runtime
+from models.diffusion.folder import load_folder
+from models.errors import UserError
+
+TINY = DiffusionConfig(
+    data=CaptionedConfig(SceneConfig(size=32, max_objects=2), images=64, heldout_images=16),
+    network=NetworkConfig(
+        autoencoder_widths=(16, 16, 16), unet_widths=(16, 32), heads=2, text_width=16, text_layers=1, vocab_size=600
+    ),
+    learning=LearningConfig(autoencoder_steps=20, autoencoder_batch_size=8, steps=40, batch_size=16, warmup=2),
+    loaders=1,
+    sample_steps=2,
+    samples=2,
+    eval_every=25,
+    log_every=10,
+)
+
+
+def start(runs: Path, name: str, config: DiffusionConfig, resume: bool = False) -> RunDirectory:
+    directory = RunDirectory(runs / name) if resume else RunDirectory.create(runs, name, {"job": "diffusion"})
+    checkpoint = CheckpointStore(directory.checkpoints, 9).newest() if resume else None
+    run = Runtime("diffusion", RunConfig(backend="local", keep_checkpoints=9), directory, checkpoint)
+    try:
+        train(config, run)
+        run.finish("finished")
+    finally:
+        run.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return start(tmp_path_factory.mktemp("runs"), "whole", TINY)
+
+
+def logged(directory: RunDirectory, name: str) -> list[float]:
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def test_both_phases_learn(finished: RunDirectory) -> None:
+    errors, losses = logged(finished, "autoencoder/error"), logged(finished, "eval/denoising_loss")
+    assert errors[-1] < 0.9 * errors[0]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_latents_have_unit_variance(finished: RunDirectory) -> None:
+    model = load_folder(finished.root / "model" / "final")
+    source = make_captioned(TINY.data, seed=0, heldout=False)
+    images = torch.from_numpy(np.stack([source.example(i)[0] for i in range(64)]))
+    latents = model.encode_images(images.permute(0, 3, 1, 2) / 255)
+    assert float(latents.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_left_behind(finished: RunDirectory) -> None:
+    summary = json.loads(finished.summary.read_text())
+    assert summary["status"] == "finished"
+    assert {"eval/psnr", "eval/denoising_loss"} <= set(summary["metrics"])
+    assert (finished.images / "60-samples.png").is_file()
+    assert (finished.images / "20-reconstructions.png").is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(finished.root / "model" / "final", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(["a red circle"], num_inference_steps=2, output_type="np").images
+    assert pictures.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("killed_after", [20, 50], ids=["between the phases", "denoiser"])
+def test_resume_repeats_the_uninterrupted_run(finished: RunDirectory, tmp_path: Path, killed_after: int) -> None:
+    class Killed(Exception):
+        pass
+
+    config = replace(TINY, eval_every=25)
+    directory = RunDirectory.create(tmp_path, "cut", {"job": "diffusion"})
+    run = Runtime("diffusion", RunConfig(backend="local", keep_checkpoints=9), directory)
+    save = run.save
+
+    def save_and_die(step: int, state: dict, score: float | None = None) -> None:
+        save(step, state, score)
+        if step == killed_after:
+            raise Killed
+
+    run.save = save_and_die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        train(config, run)
+    run.close()
+    start(tmp_path, "cut", config, resume=True)
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        ours, theirs = (d.root / "model" / "final" / f"{part}.safetensors" for d in (directory, finished))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_evaluation_of_a_checkpoint(finished: RunDirectory) -> None:
+    before = json.loads(finished.summary.read_text())["metrics"]
+    checkpoint = CheckpointStore(finished.checkpoints, 9).newest()
+    run = EvaluationRuntime("diffusion", RunConfig(backend="local"), finished, checkpoint)
+    evaluate(TINY, run)
+    run.close()
+    assert json.loads(finished.summary.read_text())["metrics"] == before
+
+
+def test_a_coco_folder_in_place_of_scenes(tmp_path: Path) -> None:
+    for split in ("train2017", "val2017"):
+        write_scenes(tmp_path, SceneConfig(size=48), seed=1, count=4, split=split)
+    config = CaptionedConfig(SceneConfig(size=32), CocoConfig(tmp_path))
+    source = make_captioned(config, seed=0, heldout=True)
+    assert len(source) == 4
+    image, caption = source.example(3)
+    assert image.shape == (32, 32, 3)
+    assert caption.endswith("background")
+    (tmp_path / "annotations/captions_val2017.json").unlink()
+    with pytest.raises(UserError, match="no image has a caption"):
+        make_captioned(config, seed=0, heldout=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda: replace(TINY, data=replace(TINY.data, scenes=SceneConfig(size=34))), "multiple of 4"),
+        (lambda: NetworkConfig(unet_widths=(20,)), "unet-widths"),
+        (lambda: NetworkConfig(heads=5), "5 heads"),
+        (lambda: LearningConfig(caption_dropout=1.0), "caption-dropout"),
+        (lambda: LearningConfig(steps=0), "learning.steps"),
+        (lambda: CaptionedConfig(images=0), "data.images"),
+    ],
+)
+def test_settings_that_cannot_be(change, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        change()
+
+
+def test_a_diverging_loss_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite.*--learning\.autoencoder-lr"):
+        start(tmp_path, "wild", replace(TINY, learning=replace(TINY.learning, autoencoder_lr=1e20)))
