@@ -71,6 +71,14 @@ from tests.models.language.policies import (
         ({"rope": RopeConfig(rope_theta=0.0)}, "rope_theta is 0"),
         ({"eos_token_id": (97,)}, "eos_token_id 97 is outside the vocabulary of 97"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"norm_placement": "pree"}, "unknown norm_placement `pree`: did you mean `pre`"),
+        ({"norm_type": "batch"}, "unknown norm_type `batch`"),
+        ({"initializer": "xavir"}, "unknown initializer `xavir`: did you mean `xavier`"),
+        ({"parametrization": "muP"}, "unknown parametrization `muP`: did you mean `mup`"),
+        ({"attention_scaling": "root"}, "unknown attention_scaling `root`"),
+        ({"log_n_from": 1}, "log_n_from is 1"),
+        ({"initializer": "fixup"}, "initializer 'fixup' is for layers without norms"),
+        ({"base_hidden_size": 0}, "base_hidden_size is 0"),
     ],
 )
 def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) -> None:
@@ -104,6 +112,12 @@ def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) 
         (replace(DEEPSEEK, shared_expert_intermediate_size=40), "longstride"),  # not a number of experts
         (replace(MOE, mlp_only_layers=(0, 1, 2)), "qwen3"),
         (replace(MOE, shared_expert_intermediate_size=8), "longstride"),
+        (replace(DENSE, norm_placement="post"), "longstride"),
+        (replace(DENSE, norm_type="layer_norm"), "longstride"),
+        (replace(DENSE, attention_scaling="none"), "longstride"),
+        (replace(DENSE, log_n_from=64), "longstride"),
+        (replace(DENSE, parametrization="mup"), "longstride"),
+        (replace(DENSE, initializer="xavier"), "qwen3"),  # leaves no trace
     ],
 )
 def test_model_type_is_the_plainest_that_holds_the_model(config: LanguageConfig, model_type: str) -> None:
