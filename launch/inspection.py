@@ -215,21 +215,24 @@ PANELS = (
 
 
 def _plot(pyplot: Any, title: str, inspections: dict[str, Inspection], file: Path) -> None:
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.3), layout="constrained")
     for axis, (name, text, scale) in zip(axes.flat, PANELS, strict=True):
         for label, inspection in inspections.items():
             points = [(i, getattr(layer, name)) for i, layer in enumerate(inspection.layers)]
-            points = [(i, y) for i, y in points if y is not None]
+            points = [(i, y) for i, y in points if y is not None and (y > 0 or scale == "linear")]
             axis.plot([i for i, _ in points], [y for _, y in points], marker=".", label=label)
         axis.set(title=text, xlabel="layer", yscale=scale)
+        low, high = axis.get_ylim()
+        if scale == "log" and high < 10 * low:  # a line that hardly moves should look like one
+            axis.set_ylim(low / 3, high * 3)
         axis.grid(alpha=0.3)
     if any(inspections):  # a single model has no label
-        axes[0][0].legend(fontsize="small")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(title)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=80)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a file type that matplotlib does not write
         raise UserError(f"inspect: cannot write {file} ({error}); choose another --png") from None
     finally:
         pyplot.close(figure)
