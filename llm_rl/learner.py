@@ -29,6 +29,7 @@ from models.language.balancing import (
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
 from models.language.lora import LoraConfig, adapter_names, attach, checked_targets, fold, learning_rate_ratios
+from models.language.parametrisation import learning_rate_multipliers
 from models.language.peft_folder import adapter_settings, adapter_tensors, save_adapter
 from models.language.router import RouterTrace
 
@@ -43,8 +44,8 @@ class Learner:
 
     def _optimizer(self, lr_multipliers: Mapping[str, float] | None = None) -> MasterAdamW:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        config = self.config
-        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, lr_multipliers)
+        config, multipliers = self.config, learning_rate_multipliers(self.model) | dict(lr_multipliers or {})
+        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, multipliers)
 
     def check_lora(self, settings: LoRASettings) -> None:
         """Raises UserError for what `attach_lora` would refuse, which may be hours later."""
