@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from agents import on_policy
-from agents.on_policy import Learner, OnPolicyConfig, batch, descend, initial_weights, make_policy
+from agents.on_policy import Learner, OnPolicyConfig, adam, batch, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from models.control.networks import ValueFunction
 
@@ -59,15 +59,10 @@ class A2C(Learner):
             policy = make_policy(config, self.spaces)
             self.critic = ValueFunction(self.spaces.observation_size, config.hidden, config.activation)
         self.networks = {"policy": policy, "critic": self.critic}
-        self.optimizers = {
-            "policy": torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True),
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, eps=1e-5, fused=True),
-        }
+        self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.critic_lr))}
 
     def update(self, fragment: Fragment) -> dict[str, float]:
         """One update for each segment."""
-        self.optimizers["policy"].param_groups[0]["lr"] = self.rate(self.config.lr)
-        self.optimizers["critic"].param_groups[0]["lr"] = self.rate(self.config.critic_lr)
         sums: dict[str, float] = {}
         for begin in range(0, len(fragment.actions), self.config.n_steps):
             segment = fragment.steps(begin, begin + self.config.n_steps)
@@ -80,13 +75,13 @@ class A2C(Learner):
         values_TN = self.critic(torch.from_numpy(segment.observations))
         steps = batch(segment, values_TN.detach().numpy(), self.config)
         value_loss = (values_TN[:-1][torch.from_numpy(segment.valid)] - steps.targets).square().mean()
-        descend(self.optimizers["critic"], value_loss, self.config.max_grad_norm)
 
         pi = self.policy(steps.observations)
         log_probs = pi.log_prob(steps.actions)
         policy_loss = -(steps.advantages * log_probs).mean()
         entropy = pi.entropy().mean()
-        descend(self.optimizers["policy"], policy_loss - self.config.ent_coef * entropy, self.config.max_grad_norm)
+        loss = policy_loss - self.config.ent_coef * entropy + value_loss  # the networks share nothing
+        descend(self.optimizers["adam"], loss, self.config.max_grad_norm)
         return {
             "train/policy_loss": policy_loss.item(),
             "train/value_loss": value_loss.item(),

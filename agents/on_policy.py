@@ -75,20 +75,21 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
         fragment = join(call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s))
         before = learner.env_steps
         metrics = learner.learn(fragment)
+        learned = time.perf_counter()
         finished = learner.env_steps >= config.steps
         restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
         if restart:
             seed = derive_seed(run.seed, "evaluation", learner.round)
             metrics = play_episodes(config, workers, learner.snapshot(), seed).metrics() | metrics
         if restart or learner.env_steps // config.log_every > before // config.log_every:
-            now = time.perf_counter()
-            metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (now - clock)
+            metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (learned - clock)
             metrics["run/actor_restarts"] = float(workers.restarts)
-            clock, last_logged = now, learner.env_steps
             run.log(learner.env_steps, metrics, config.steps)
         if restart:
             run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
             run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        if "time/env_steps_per_s" in metrics:
+            clock, last_logged = time.perf_counter(), learner.env_steps  # evaluations do not count
 
 
 def evaluate(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
@@ -142,6 +143,9 @@ class Learner:
         if self.config.normalize_rewards:
             scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
             fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate(group["initial_lr"])
         metrics = self.update(fragment) if fragment.valid.any() else {}
         self.env_steps += int(fragment.valid.sum())
         self.round += 1
@@ -251,9 +255,16 @@ def explained_variance(targets: Tensor, predictions: Tensor) -> float:
     return 1 - ((targets - predictions).var() / (targets.var() + 1e-8)).item()
 
 
+def adam(*networks_and_rates: tuple[nn.Module, float]) -> Optimizer:
+    """Networks that learn together, each at a rate of its own, which follows the run's schedule."""
+    groups = [{"params": list(net.parameters()), "lr": lr, "initial_lr": lr} for net, lr in networks_and_rates]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)
+
+
 def descend(optimizer: Optimizer, loss: Tensor, max_grad_norm: float) -> None:
-    """One step along the gradient of `loss`, clipped to a norm."""
+    """One step along the gradient of `loss`, of which each network's part is clipped to a norm."""
     optimizer.zero_grad()
     loss.backward()
-    clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    for group in optimizer.param_groups:
+        clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from agents import on_policy
-from agents.on_policy import Learner, OnPolicyConfig, batch, descend, explained_variance, initial_weights, make_policy
+from agents.on_policy import (
+    Learner,
+    OnPolicyConfig,
+    adam,
+    batch,
+    descend,
+    explained_variance,
+    initial_weights,
+    make_policy,
+)
 from agents.rollout import Fragment
 from models.control.networks import ValueFunction
 from models.seeding import derive_seed
@@ -57,15 +66,10 @@ class PPO(Learner):
             policy = make_policy(config, self.spaces)
             self.critic = ValueFunction(self.spaces.observation_size, config.hidden, config.activation)
         self.networks = {"policy": policy, "critic": self.critic}
-        self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), lr=config.lr, eps=1e-5, fused=True)
-            for name, network in self.networks.items()
-        }
+        self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.lr))}
 
     def update(self, fragment: Fragment) -> dict[str, float]:
         config = self.config
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = self.rate(config.lr)
         with torch.no_grad():
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, config)
@@ -77,9 +81,9 @@ class PPO(Learner):
                 log_ratios = pi.log_prob(steps.actions[chosen]) - steps.log_probs[chosen]
                 objective, clipped = clipped_objective(log_ratios, steps.advantages[chosen], config.clip)
                 entropy = pi.entropy().mean()
-                descend(self.optimizers["policy"], -objective - config.ent_coef * entropy, config.max_grad_norm)
                 value_loss = (self.critic(steps.observations[chosen]) - steps.targets[chosen]).square().mean()
-                descend(self.optimizers["critic"], value_loss, config.max_grad_norm)
+                loss = -objective - config.ent_coef * entropy + value_loss  # the networks share nothing
+                descend(self.optimizers["adam"], loss, config.max_grad_norm)
             epochs += 1
         return {
             "train/policy_loss": -objective.item(),

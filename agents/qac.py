@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from agents import on_policy
-from agents.on_policy import Learner, OnPolicyConfig, descend, initial_weights, make_policy
+from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from envs.control.spaces import ControlSpaces, DiscreteActions
 from models.control.distributions import Categorical, Distribution
@@ -64,15 +64,10 @@ class QAC(Learner):
             policy = make_policy(config, self.spaces)
             self.critic = ActionValues(self.spaces, config)
         self.networks = {"policy": policy, "critic": self.critic}
-        self.optimizers = {
-            "policy": torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True),
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, eps=1e-5, fused=True),
-        }
+        self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.critic_lr))}
 
     def update(self, fragment: Fragment) -> dict[str, float]:
         """One update for each step."""
-        self.optimizers["policy"].param_groups[0]["lr"] = self.rate(self.config.lr)
-        self.optimizers["critic"].param_groups[0]["lr"] = self.rate(self.config.critic_lr)
         self.generator = torch.Generator().manual_seed(derive_seed(self.seed, "drawn by the learner", self.round))
         last = torch.from_numpy(fragment.observations[-1])
         with torch.no_grad():
@@ -96,7 +91,6 @@ class QAC(Learner):
         targets = torch.from_numpy(step.rewards[0])[valid] + discounts * later
         q = self.critic(observations, actions)
         value_loss = (q - targets).square().mean()
-        descend(self.optimizers["critic"], value_loss, self.config.max_grad_norm)
 
         pi = self.policy(observations)
         with torch.no_grad():
@@ -104,7 +98,8 @@ class QAC(Learner):
             advantages /= advantages.std(correction=0) + 1e-3
         policy_loss = -(advantages * pi.log_prob(actions)).mean()
         entropy = pi.entropy().mean()
-        descend(self.optimizers["policy"], policy_loss - self.config.ent_coef * entropy, self.config.max_grad_norm)
+        loss = policy_loss - self.config.ent_coef * entropy + value_loss  # the networks share nothing
+        descend(self.optimizers["adam"], loss, self.config.max_grad_norm)
         return {
             "train/policy_loss": policy_loss.item(),
             "train/value_loss": value_loss.item(),

@@ -25,6 +25,7 @@ from agents.on_policy import (
     Batch,
     Learner,
     OnPolicyConfig,
+    adam,
     batch,
     explained_variance,
     fit_critic,
@@ -78,17 +79,16 @@ class TRPO(Learner):
             policy = make_policy(config, self.spaces)
             self.critic = ValueFunction(self.spaces.observation_size, config.hidden, config.activation)
         self.networks = {"policy": policy, "critic": self.critic}
-        self.optimizers = {"critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, fused=True)}
+        self.optimizers = {"adam": adam((self.critic, config.critic_lr))}
 
     def update(self, fragment: Fragment) -> dict[str, float]:
         with torch.no_grad():
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, self.config)
         metrics = trust_region_step(self.policy, steps, self.config)
-        self.optimizers["critic"].param_groups[0]["lr"] = self.rate(self.config.critic_lr)
         order = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", self.round))
         epochs, size = self.config.critic_epochs, self.config.critic_batch
-        metrics["train/value_loss"] = fit_critic(self.critic, self.optimizers["critic"], steps, epochs, size, order)
+        metrics["train/value_loss"] = fit_critic(self.critic, self.optimizers["adam"], steps, epochs, size, order)
         values = torch.from_numpy(values_TN[:-1][fragment.valid])
         return metrics | {"train/explained_variance": explained_variance(steps.targets, values)}
 

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from benchmarks.record import write_result
 from llm_rl.optimizer import MasterAdamW
+from models.language.balancing import load_balancing_loss
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
 from models.language.kernel_attention import redraw_features
 from models.language.mixers import MIXERS
-from models.language.moe import RouterRecord, load_balancing_loss
 from models.language.packing import Packing
+from models.language.router import RouterTrace
 from models.seeding import derive_seed
 
 BYTES = 256
@@ -64,7 +65,7 @@ class Config:
     warmup: int = 40
     redraw_every: int = 100  # steps between new random features of Performer layers
     seed: int = 0
-    budget_s: float = 300.0  # start no model after this
+    budget_s: float = 270.0  # start no model after this
     output: Path = Path("benchmarks/results/language_curves.json")
     plot: Path = Path("docs/images/language_curves.png")
     plot_only: bool = False
@@ -164,9 +165,9 @@ def train(name: str, config: Config, training: Tensor, heldout: Tensor) -> dict[
         if step and step % config.redraw_every == 0:
             redraw_features(model, derive_seed(config.seed, "features", step))
         tokens, targets = batch(training, config, generator)
-        trace: list[RouterRecord] = []
+        trace = RouterTrace()
         loss = cross_entropy(model, tokens, targets, packing, trace)
-        (loss + (0.01 * load_balancing_loss(trace) if trace else 0.0)).backward()
+        (loss + (0.01 * load_balancing_loss(trace.records) if trace.records else 0.0)).backward()
         optimizer.gather()
         optimizer.clip(1.0)
         optimizer.step(config.lr * min((step + 1) / config.warmup, 1.0, (config.steps - step) / (0.3 * config.steps)))
@@ -194,7 +195,7 @@ def batch(data: Tensor, config: Config, generator: torch.Generator) -> tuple[Ten
 
 
 def cross_entropy(
-    model: Decoder, tokens: Tensor, targets: Tensor, packing: Packing, trace: list[RouterRecord] | None = None
+    model: Decoder, tokens: Tensor, targets: Tensor, packing: Packing, trace: RouterTrace | None = None
 ) -> Tensor:
     return F.cross_entropy(model.logits(model(tokens, packing, trace=trace)).float(), targets)
 

@@ -50,27 +50,29 @@ class Job:
         return planner(config) if planner else []
 
 
+def _in(module: str, config: str, extra: str = "") -> Job:
+    """A job whose config and functions lie in one module."""
+    return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra)
+
+
 JOBS: dict[str, Job] = {
+    # language models
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
-    "qac": Job("agents.qac:QACConfig", "agents.qac:train", "agents.qac:evaluate"),
-    "diffusion": Job(
-        "agents.vision.diffusion:DiffusionConfig",
-        "agents.vision.diffusion:train",
-        "agents.vision.diffusion:evaluate",
-        extra="vision",
-    ),
-    "ddpo": Job("agents.vision.ddpo:DDPOConfig", "agents.vision.ddpo:train", "agents.vision.ddpo:evaluate", "vision"),
-    "a2c": Job("agents.a2c:A2CConfig", "agents.a2c:train", "agents.a2c:evaluate"),
-    "detr": Job(
-        "agents.vision.detr:DetrJobConfig", "agents.vision.detr:train", "agents.vision.detr:evaluate", extra="vision"
-    ),
-    "offpac": Job("agents.offpac:OffPACConfig", "agents.offpac:train", "agents.offpac:evaluate"),
-    "ddpg": Job("agents.ddpg:DDPGConfig", "agents.ddpg:train", "agents.ddpg:evaluate"),
-    "td3": Job("agents.td3:TD3Config", "agents.td3:train", "agents.td3:evaluate"),
-    "sac": Job("agents.sac:SACConfig", "agents.sac:train", "agents.sac:evaluate"),
-    "trpo": Job("agents.trpo:TRPOConfig", "agents.trpo:train", "agents.trpo:evaluate"),
-    "ppo": Job("agents.ppo:PPOConfig", "agents.ppo:train", "agents.ppo:evaluate"),
+    # control
+    "qac": _in("agents.qac", "QACConfig"),
+    "a2c": _in("agents.a2c", "A2CConfig"),
+    "trpo": _in("agents.trpo", "TRPOConfig"),
+    "ppo": _in("agents.ppo", "PPOConfig"),
+    "offpac": _in("agents.offpac", "OffPACConfig"),
+    "ddpg": _in("agents.ddpg", "DDPGConfig"),
+    "td3": _in("agents.td3", "TD3Config"),
+    "sac": _in("agents.sac", "SACConfig"),
+    # vision
+    "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
+    "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
+    "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
+    "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
 }
 
 

@@ -29,15 +29,30 @@ class PolicyConfig:
     expert_capacity_factor: float | None = None  # in SFT, drop what an expert has no room for; None: drop nothing
     max_position_embeddings: int = 1024
     tie_word_embeddings: bool = True
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_placement: Literal["pre", "post", "sandwich", "deepnorm", "none"] = "pre"
+    attention_scaling: Literal["sqrt", "inverse", "none"] = "sqrt"  # q · k / √head_dim, q · k / head_dim, q · k
+    log_n_from: int = 0  # attention logits times log n / log this beyond this many tokens; 0: never
+    initializer: Literal["truncated_normal", "xavier", "he", "lecun", "orthogonal", "t5", "deepnorm", "fixup"] = (
+        "truncated_normal"
+    )
+    parametrization: Literal["standard", "ntk", "mup"] = "standard"  # what follows the width, and how
+    base_hidden_size: int = 128  # the width at which "mup" and "ntk" are "standard"
 
 
 @dataclass
 class LoRASettings:
-    """rank 0 updates every weight; a positive rank trains low-rank adapters of the named linear layers."""
+    """rank 0 updates every weight; a positive rank trains low-rank adapters (models/language/lora_layers.py)."""
 
     rank: int = 0
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # or all-linear, experts.gate_up_proj, ...
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank
+    use_dora: bool = False  # train the length of each row apart from its direction
+    init: Literal["uniform", "pissa"] = "uniform"  # pissa: from the weights' first singular vectors
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
+    # What the workers get at each sync. merged: whole weights. adapter: it alone, beside the weights of --model.
+    serve: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass
@@ -82,6 +97,7 @@ class SFTConfig:
     warmup: int = 20
     final_lr_ratio: float = 0.1  # cosine decay to this share of lr
     direct_share: float = 0.0  # share of the examples that answer at once, with nothing between the thinking marks
+    lora: LoRASettings = field(default_factory=LoRASettings)  # folded into the weights when the phase ends
 
 
 @dataclass

@@ -15,8 +15,16 @@ class MasterAdamW:
     its own master.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        betas: tuple[float, float],
+        weight_decay: float,
+        lr_multipliers: Mapping[str, float] | None = None,
+    ) -> None:
+        """lr_multipliers: factor on the learning rate of the parameters that do not have 1 (LoRA+, muP)."""
         self.parameters = dict(named)
+        self.lr_multipliers = {name: (lr_multipliers or {}).get(name, 1.0) for name in named}
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in named.items()
         }
@@ -25,10 +33,15 @@ class MasterAdamW:
 
     def reset(self) -> None:
         """Forget both moments (k1.5 does so at the start of each iteration); the masters stay."""
-        matrices = [p for p in self.masters.values() if p.dim() > 1]
-        vectors = [p for p in self.masters.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=self.betas, fused=True)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and multiplier
+        for name, p in self.masters.items():
+            decay = self.weight_decay if p.dim() > 1 else 0.0
+            groups.setdefault((decay, self.lr_multipliers[name]), []).append(p)
+        self.adam = torch.optim.AdamW(
+            [{"params": ps, "weight_decay": decay, "multiplier": factor} for (decay, factor), ps in groups.items()],
+            betas=self.betas,
+            fused=True,
+        )
 
     def gather(self) -> None:
         """Move the gradients of the last backward pass to the masters; called after each micro-batch."""
@@ -49,7 +62,7 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["multiplier"]
         self.adam.step()
         for name, master in self.masters.items():
             if master is not self.parameters[name]:

@@ -16,7 +16,7 @@ from llm_rl.length_reward import length_reward
 from llm_rl.objective import advantages
 from llm_rl.sampler import ProblemSampler
 from llm_rl.session import Attempt, Session
-from llm_rl.sft import finetune
+from llm_rl.sft import finetune, prepare
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -26,22 +26,31 @@ if TYPE_CHECKING:
 
 def train(config: ReasonConfig, run: "Run") -> None:
     """The `reason` job. Writes policy/final, a Hugging Face folder, and heldout/... figures to summary.json."""
-    validate(config)
-    session = Session(config, run, config.rl.max_tokens, config.rl.temperature, config.rl.router_replay)
+    validate(config, run.device)
+    session = open_session(config, run)
     try:
+        for settings in (config.sft.lora, config.rl.lora):
+            session.learn("check_lora", settings)
         state = run.restore()
         warmed_up = state is not None and state["step"] >= config.sft.steps
         if state is None:
             session.evaluate("base", 0)
         if not warmed_up:
-            if state is not None:
-                session.learn("load_state", state["learner"])
+            prepare(session, run, state)
             finetune(session, run, start=state["step"] if state else 0)
         optimise(session, config, run, state if warmed_up else None)
         session.learn("save", run.directory / "policy" / "final")
+        if config.rl.lora.rank and not config.sft.steps:  # the adapters belong to a model that the user has
+            session.learn("save_adapter", run.directory / "policy" / "adapter")
         show_result(run, config)
     finally:
         session.close()
+
+
+def open_session(config: ReasonConfig, run: "Run") -> Session:
+    rl = config.rl
+    adapter_rank = rl.lora.rank * (2 if rl.lora.init == "pissa" else 1) if rl.lora.serve == "adapter" else 0
+    return Session(config, run, rl.max_tokens, rl.temperature, rl.router_replay, adapter_rank)
 
 
 def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str, Any] | None) -> None:
@@ -58,7 +67,8 @@ def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str
         session.sync()
     else:
         if state is not None:
-            session.learn("load_state", state["learner"])
+            prepare(session, run, state)
+        session.learn("fold_lora")
         session.learn("attach_lora", rl.lora, derive_seed(run.seed, "lora"))
         session.sync()
         if config.sft.steps:
@@ -152,7 +162,9 @@ def evaluate(config: ReasonConfig, run: "Run") -> None:
         assert state is not None  # the command line refuses a run without a checkpoint
         if state["phase"] == "rl":
             session.learn("attach_lora", config.rl.lora, derive_seed(run.seed, "lora"))
-        session.learn("load_state", state["learner"])
+            session.learn("load_state", state["learner"])
+        else:
+            prepare(session, run, state)
         session.sync()
         figures = session.evaluate("checkpoint", state["step"])
         run.table("held-out problems", ["figure", "value"], [[name, f"{v:.3f}"] for name, v in figures.items()])
@@ -182,7 +194,7 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     ]
 
 
-def validate(config: ReasonConfig) -> None:
+def validate(config: ReasonConfig, device: str) -> None:
     """Refuse what cannot train, before anything is started."""
     rl = config.rl
     if rl.samples < 2 and rl.objective != "rest":
@@ -192,10 +204,20 @@ def validate(config: ReasonConfig) -> None:
             f"--rl.minibatches {rl.minibatches} exceeds --rl.problems-per-iteration {rl.problems_per_iteration}: "
             "the samples of a problem stay in one minibatch"
         )
-    if rl.router_replay and config.engine == "vllm":
+    if rl.router_replay and config.engine == "vllm" and device == "cpu":
         raise UserError(
-            "--rl.router-replay: the vLLM engine here does not report which experts it used; choose --engine torch"
+            "--rl.router-replay: vLLM's CPU kernels do not tell which experts they used; use --engine torch"
         )
+    if rl.lora.serve == "adapter":
+        if not rl.lora.rank:
+            raise UserError("--rl.lora.serve adapter: there is no adapter; set --rl.lora.rank, or leave the flag out")
+        if config.sft.steps:
+            raise UserError(
+                "--rl.lora.serve adapter: fine-tuning in the same run changes the weights below the adapter; fine-tune "
+                "with `train sft` first and give its policy/final as --model with --sft.steps 0"
+            )
+        if rl.lora.use_dora and config.engine == "vllm":
+            raise UserError("--rl.lora.serve adapter: vLLM does not serve DoRA; use --rl.lora.serve merged")
     if rl.temperature <= 0:
         raise UserError(f"--rl.temperature {rl.temperature}: RL samples, so it must be above 0")
 

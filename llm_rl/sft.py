@@ -2,7 +2,7 @@
 
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_rl.config import SFTJobConfig
 from llm_rl.optimizer import cosine
@@ -19,17 +19,27 @@ def train(config: SFTJobConfig, run: "Run") -> None:
     """The `sft` job: base evaluation, fine-tuning, evaluation, a Hugging Face folder in policy/final."""
     session = Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
     try:
+        session.learn("check_lora", config.sft.lora)
         state = run.restore()
         if state is None:
             session.evaluate("base", 0)
-        else:
-            session.learn("load_state", state["learner"])
+        prepare(session, run, state)
         finetune(session, run, start=state["step"] if state else 0)
         session.sync()
         session.evaluate("sft", config.sft.steps)
         session.learn("save", run.directory / "policy" / "final")
+        if config.sft.lora.rank:
+            session.learn("save_adapter", run.directory / "policy" / "adapter")
     finally:
         session.close()
+
+
+def prepare(session: Session, run: "Run", state: dict[str, Any] | None) -> None:
+    """Make the learner ready for this phase, or for what follows it: adapters if they are asked for, then the state of
+    one of the phase's checkpoints."""
+    session.learn("attach_lora", session.config.sft.lora, derive_seed(run.seed, "sft-lora"))
+    if state is not None:
+        session.learn("load_state", state["learner"])
 
 
 def finetune(session: Session, run: "Run", start: int) -> None:

@@ -1,15 +1,17 @@
 """How well a detector does on held-out images: COCO's AP on things, panoptic quality if it has masks."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from envs.vision.box_quality import box_quality
 from envs.vision.coco_eval import average_precision, detection_records
 from envs.vision.example import Batch
 from envs.vision.panoptic_quality import PanopticQuality
 from envs.vision.sources import Source
+from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.detr import Detr, DetrOutput
 from models.detr.postprocess import Detections, Panoptic, detections, panoptic
 
@@ -27,6 +29,7 @@ def evaluate_detector(
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     records: list[dict[str, Any]] = []
     quality = PanopticQuality()
+    answers: list[float] = []
     number = 0
     for batch in batches:
         there = batch.to_device(device)
@@ -35,13 +38,28 @@ def evaluate_detector(
         number = numbers.stop
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
             records += detection_records(i, _things(found, source), source.category_ids)
+        answers += answer_qualities(output, batch, source.stuff)
         if output.masks_BQHW is not None and batch.ids_BHW is not None:
             _score_masks(quality, batch, output, source)
     figures = average_precision(truth, records)
     result = {f"eval/{name}": figures[name] for name in SHOWN if figures[name] >= 0}
+    result["eval/quality"] = float(np.mean(answers))
     if quality.classes:
         result |= {f"eval/{name}": value for name, value in quality.result(source.stuff).items()}
     return result
+
+
+def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -> list[float]:
+    """`box_quality` of each image's plain answer: the things of all queries whose likeliest class is one."""
+    labels_BQ = output.logits_BQC.argmax(-1).numpy()
+    boxes_BQ4 = cxcywh_to_xyxy(output.boxes_BQ4).numpy()
+    no_thing = [*stuff, output.logits_BQC.shape[-1] - 1]
+    qualities = []
+    for i, valid in enumerate(batch.valid_BT):
+        given, wanted = ~np.isin(labels_BQ[i], no_thing), valid & ~np.isin(batch.labels_BT[i], list(stuff))
+        truth = cxcywh_to_xyxy(torch.from_numpy(batch.boxes_BT4[i, wanted])).numpy()
+        qualities.append(box_quality(boxes_BQ4[i, given], labels_BQ[i, given], truth, batch.labels_BT[i, wanted]))
+    return qualities
 
 
 def _on_cpu(output: DetrOutput) -> DetrOutput:

@@ -34,7 +34,7 @@ class LongstrideConfig(PretrainedConfig):
 
 
 def language_config(hf_config: PretrainedConfig) -> LanguageConfig:
-    """Of a folder of ours, or of a family that our model serves."""
+    """Our configuration, from what transformers made of a folder's config.json: ours, or a family's that we serve."""
     if isinstance(hf_config, LongstrideConfig):
         return hf_config.language
     return LanguageConfig.from_hf(hf_config.to_dict())

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
 
 from llm_rl import weights
-from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
+from llm_rl.generator import Adapter, Completion, SamplingConfig, context_length, require_context
+from llm_rl.vllm_engine.adapters import ADAPTER_FAMILIES, AdapterShelf
 from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
@@ -36,25 +38,37 @@ class VLLMGenerator:
         max_num_batched_tokens: int | None = None,
         kv_cache_gib: float = 0.5,
         enforce_eager: bool = True,
+        adapter_rank: int = 0,
         seed: int = 0,
+        record_experts: bool = False,
         version: int = 0,
     ) -> None:
         """
         max_model_len: longest prompt plus completion; the model's own limit if None.
         max_num_seqs: sequences decoded at once. max_num_batched_tokens: tokens of one engine step; longer prompts
         are read in several steps. kv_cache_gib: memory for keys, values and states. enforce_eager: on a GPU, do not
-        compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager.
+        compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager. record_experts:
+        completions carry what the routers chose, which vLLM cannot tell on the CPU. adapter_rank: largest rank of the
+        adapters that `load_adapter` will bring; 0 for none.
 
         Raises UserError if vLLM is missing, cannot use the device or refuses the settings, or the folder cannot be
         read.
         """
         config = read_config(model_folder)
         self.max_model_len = context_length(config, max_model_len)
+        if adapter_rank and config.model_type not in ADAPTER_FAMILIES:
+            raise UserError(
+                f"{model_folder}: vLLM serves adapters here for {' and '.join(ADAPTER_FAMILIES)} only, and this is a "
+                f"{config.model_type} model; use --rl.lora.serve merged"
+            )
         _set_environment(device)
         vllm = _import_vllm(device)
         self.version = version
+        self._adapters = AdapterShelf(adapter_rank) if adapter_rank else None
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
+        self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16
+        self._mixtures = [i for i in range(config.num_hidden_layers) if config.is_moe(i)] if record_experts else []
         try:
             self._engine = vllm.LLM(
                 model=str(model_folder),
@@ -69,13 +83,16 @@ class VLLMGenerator:
                 compilation_config=_OWN_MODEL_GRAPHS if config.model_type in SERVED_HERE else {},
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the folder
+                enable_return_routed_experts=record_experts,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=seed,
+                **(self._adapters.engine_settings() if self._adapters else {}),
             )
         except ValueError as error:  # vLLM's word for settings that cannot work
             reason = " ".join(str(error).split())
             mend = "; raise kv_cache_gib or lower max_model_len" if "KV cache" in reason else ""
+            mend += "; choose --engine torch to record experts" if "routed-experts" in reason else ""
             raise UserError(f"vLLM refuses these settings: {reason}{mend}") from None
 
     def generate(
@@ -94,16 +111,35 @@ class VLLMGenerator:
             detokenize=False,
         )
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._engine.generate(requests, parameters, use_tqdm=False)
-        return [[self._completion(sample) for sample in output.outputs] for output in outputs]
+        request = self._adapters.request if self._adapters else None
+        outputs = self._engine.generate(requests, parameters, use_tqdm=False, lora_request=request)
+        return [
+            [self._completion(sample, len(prompt)) for sample in output.outputs]
+            for output, prompt in zip(outputs, prompts, strict=True)
+        ]
 
-    def _completion(self, sample: Any) -> Completion:
+    def _completion(self, sample: Any, prompt_length: int) -> Completion:
         tokens = list(sample.token_ids)
         logprobs = [candidates[token].logprob for token, candidates in zip(tokens, sample.logprobs, strict=True)]
-        return Completion(tokens, logprobs, sample.finish_reason, self.version)
+        return Completion(tokens, logprobs, sample.finish_reason, self.version, self._experts(sample, prompt_length))
+
+    def _experts(self, sample: Any, prompt_length: int) -> np.ndarray | None:
+        """[P + C - 1, L, K] of the mixture layers; vLLM reports all layers."""
+        if not self._mixtures:
+            return None
+        experts, read = sample.routed_experts[:, self._mixtures], prompt_length + len(sample.token_ids) - 1
+        if len(experts) != read:
+            raise RuntimeError(f"vLLM reported the experts of {len(experts)} tokens where it read {read}")
+        return experts.astype(self._expert_dtype)
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
+        self.version = version
+
+    def load_adapter(self, adapter: Adapter, version: int) -> None:
+        if self._adapters is None:
+            raise ValueError("the engine was started without an adapter_rank")
+        self._engine.llm_engine.add_lora(self._adapters.put(adapter))
         self.version = version
 
     def _with_head(self, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -116,6 +152,8 @@ class VLLMGenerator:
     def close(self) -> None:
         self._engine.llm_engine.engine_core.shutdown()
         del self._engine
+        if self._adapters:
+            self._adapters.close()
 
 
 def _set_environment(device: str) -> None:

@@ -34,7 +34,9 @@ from llm_rl.vllm_engine.sparse_layer import SparseAttention
 from models.errors import UserError
 from models.language.config import LanguageConfig
 from models.language.mixers import MIXERS
-from models.language.norm import RMSNorm
+from models.language.norm import Residual, RMSNorm, final_norm, layer_norm
+from models.language.parametrisation import head_multiplier
+from models.language.query_scale import QueryScale
 from models.language.recurrent import RecurrentMixer
 
 
@@ -49,9 +51,11 @@ class SoftmaxAttentionLayer(nn.Module):
         self.head_dim = size
         self.sizes = [heads * size, kv_heads * size, kv_heads * size]
         self.qkv_proj = QKVParallelLinear(hidden, size, heads, kv_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
-        self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        o_bias = bias and config.o_proj_bias
+        self.o_proj = RowParallelLinear(heads * size, hidden, bias=o_bias, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.query_scale = QueryScale(config, reads_all=kind == "full_attention")
         self.rotary = get_rope(
             size, max_position=config.max_position_embeddings, rope_parameters=config.to_hf()["rope_parameters"]
         )
@@ -75,6 +79,7 @@ class SoftmaxAttentionLayer(nn.Module):
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary(positions, q, k)
+        q = self.query_scale(q.unflatten(-1, (-1, self.head_dim)), positions).flatten(-2)
         y_TD, _ = self.o_proj(self.attn(q, k, v))
         return y_TD
 
@@ -146,22 +151,26 @@ class Layer(nn.Module):
         mixer = (
             RecurrentLayer if issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer) else SoftmaxAttentionLayer
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = layer_norm(config)
+        self.attention_residual = Residual(config)
         self.self_attn = mixer(config, layer, vllm_config, f"{prefix}.self_attn")
         self.has_mlp = config.has_mlp(layer)
         if not self.has_mlp:
             return
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = layer_norm(config)
+        self.mlp_residual = Residual(config)
         if config.is_moe(layer):
             self.mlp: nn.Module = MixtureOfExperts(config, f"{prefix}.mlp")
         else:
             self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, f"{prefix}.mlp")
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD + self.self_attn(positions, self.input_layernorm(x_TD))
+        y_TD = self.self_attn(positions, self.attention_residual.read(x_TD, self.input_layernorm))
+        x_TD = self.attention_residual.add(x_TD, y_TD, self.input_layernorm)
         if not self.has_mlp:
             return x_TD
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        y_TD = self.mlp(self.mlp_residual.read(x_TD, self.post_attention_layernorm))
+        return self.mlp_residual.add(x_TD, y_TD, self.post_attention_layernorm)
 
 
 class Body(nn.Module):
@@ -173,12 +182,13 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(
             [Layer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = final_norm(config)
+        self.head_multiplier = head_multiplier(config)
 
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         for layer in self.layers:
             x_TD = layer(positions, x_TD)
-        return self.norm(x_TD)
+        return self.norm(x_TD) * self.head_multiplier
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):

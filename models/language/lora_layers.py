@@ -211,6 +211,11 @@ class Adapted(nn.Module):
             weight.copy_(base - adapter.delta())
         self.merged = False
 
+    def fold(self) -> None:
+        """Merge for good, and forget every adapter: without them the layer is a plain one."""
+        self.merge()
+        self.prepare()
+
 
 class LoraLinear(Adapted, nn.Linear):
     """A Linear with adapters. Its part is "weight"."""

@@ -126,6 +126,10 @@ def test_learning_rates_fall_or_stay() -> None:
     assert constant.rate(4.0) == 4
     linear.env_steps = 5000
     assert linear.rate(4.0) == 0
+    linear.env_steps = 750
+    linear.learn(fragment_of(linear, "CartPole-v1", 8))
+    rates = [group["lr"] for group in linear.optimizers["adam"].param_groups]
+    assert rates == pytest.approx([0.75 * linear.config.lr, 0.75 * linear.config.critic_lr])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:

@@ -35,6 +35,17 @@ def test_float32_equals_torch() -> None:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
 
 
+def test_learning_rate_multipliers() -> None:
+    plain, scaled = named(torch.float32), named(torch.float32)
+    start = {name: p.detach().clone() for name, p in plain.items()}
+    run_steps(plain, MasterAdamW(plain, (0.9, 0.95), 0.0), 1, 1e-2)
+    run_steps(scaled, MasterAdamW(scaled, (0.9, 0.95), 0.0, {"matrix": 16.0}), 1, 1e-2)
+    for name, factor in (("matrix", 16), ("bias", 1)):
+        torch.testing.assert_close(
+            scaled[name] - start[name], factor * (plain[name] - start[name]), atol=1e-6, rtol=1e-4
+        )
+
+
 def test_bfloat16_keeps_updates_smaller_than_its_mantissa() -> None:
     parameter = nn.Parameter(torch.full((8, 8), 100.0, dtype=torch.bfloat16))
     optimizer = MasterAdamW({"w": parameter}, (0.9, 0.95), 0.0)

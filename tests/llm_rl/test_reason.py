@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from launch.cli import main
 from llm_rl import reason, session
-from models.language.checkpoint import load_pretrained
+from models.language.checkpoint import load_pretrained, to_checkpoint
+from models.language.peft_folder import load_adapter
 
 SMALL = shlex.split("""
   --problems 'gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=1' --count 60 --backend local --engine torch
@@ -61,27 +62,33 @@ def test_the_final_folder_is_the_trained_policy(finished: Path) -> None:
     load_pretrained(finished / "policy" / "final")
 
 
-@pytest.mark.parametrize("method", ["sft_step", "iterate"])
-def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
-    finished: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Unplugged(Exception):
-        pass
+class Unplugged(Exception):
+    pass
 
+
+def break_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
+    """Let the learner's call number `call` of this method fail."""
     original = session.Session.learn
     calls = 0
 
     def learn(self: session.Session, name: str, *args: object) -> object:
         nonlocal calls
         calls += name == method
-        if name == method and calls == 4:
+        if name == method and calls == call:
             raise Unplugged
         return original(self, name, *args)
 
     monkeypatch.setattr(session.Session, "learn", learn)
+
+
+@pytest.mark.parametrize("method", ["sft_step", "iterate"])
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
+    finished: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_at(monkeypatch, method, 4)
     with pytest.raises(Unplugged):
         train(tmp_path, "broken")
-    monkeypatch.setattr(session.Session, "learn", original)
+    monkeypatch.undo()
     assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 0
 
     for folder in ("policy/final", max(p.name for p in (finished / "checkpoints").iterdir())):
@@ -94,10 +101,51 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
     assert steps == sorted(steps)
 
 
-def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(tmp_path: Path) -> None:
-    assert train(tmp_path, "lora", "--rl.lora.rank", "4", "--sft.steps", "2", "--rl.iterations", "2") == 0
+LORA = shlex.split("--rl.lora.rank 4 --rl.lora.targets all-linear experts.gate_up_proj --rl.lora.b-lr-ratio 4")
+
+
+@pytest.mark.parametrize("serve", ["merged", "adapter"])
+def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(finished: Path, serve: str, tmp_path: Path) -> None:
+    base = finished / "policy" / "init"
+    flags = ["--model", str(base), *LORA, "--sft.steps", "0", "--rl.iterations", "2", "--rl.lr", "1e-2"]
+    assert train(tmp_path, "lora", *flags, "--rl.lora.serve", serve) == 0
+    metrics = json.loads((tmp_path / "lora" / "summary.json").read_text())["metrics"]
+    assert metrics["train/mismatch_max"] < 1e-5  # of the second iteration: the workers have the adapter of the first
+    initial = load_file(base / "model.safetensors")
     final = load_file(tmp_path / "lora" / "policy" / "final" / "model.safetensors")
-    assert not [name for name in final if "lora" in name]
+    changed = {name for name in final if not torch.equal(initial[name], final[name])}
+    assert {name.rpartition("_proj")[0].rpartition(".")[2] for name in changed} == {*"qkvgo", "gate", "up"}
+
+    model = load_pretrained(base)
+    load_adapter(model, tmp_path / "lora" / "policy" / "adapter")
+    for name, tensor in to_checkpoint(model):
+        torch.testing.assert_close(tensor, final[name], atol=1e-6, rtol=0)
+
+
+def test_adapters_of_fine_tuning_are_folded_before_rl_and_survive_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [
+        "--sft.lora.rank",
+        "4",
+        "--sft.lora.init",
+        "pissa",
+        "--rl.lora.rank",
+        "2",
+        "--rl.lora.use-dora",
+        "--rl.iterations",
+        "2",
+    ]
+    assert train(tmp_path, "straight", *flags) == 0
+    for method, call in (("fold_lora", 1), ("iterate", 2)):
+        break_at(monkeypatch, method, call)
+        name = f"broken-{method}"
+        with pytest.raises(Unplugged):
+            train(tmp_path, name, *flags)
+        monkeypatch.undo()
+        assert main(["resume", name, "--runs-dir", str(tmp_path)]) == 0
+        ours, theirs = (tmp_path / run / "policy" / "final" / "model.safetensors" for run in (name, "straight"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_router_replay_with_a_deepseek_router(tmp_path: Path) -> None:
@@ -113,6 +161,20 @@ def test_router_replay_with_a_deepseek_router(tmp_path: Path) -> None:
     assert (config["scoring_func"], config["n_group"], config["router_selection_bias"]) == ("sigmoid", 2, True)
     final = load_file(tmp_path / "replay" / "policy" / "final" / "model.safetensors")
     assert final["model.layers.0.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rl.lora.serve adapter --sft.steps 0", "there is no adapter; set --rl.lora.rank"),
+        ("--rl.lora.serve adapter --rl.lora.rank 4", "fine-tune with `train sft` first"),
+        ("--rl.lora.rank 4 --rl.lora.b-lr-ratio 0", "must be positive"),
+        ("--rl.lora.rank 4 --rl.lora.targets query_proj", "unknown lora target `query_proj`: did you mean `q_proj`"),
+    ],
+)
+def test_bad_adapter_settings(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, "bad", "--sft.steps", "1", *shlex.split(flags)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:

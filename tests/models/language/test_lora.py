@@ -13,7 +13,7 @@ from models.errors import UserError
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
 from models.language.config import LanguageConfig
 from models.language.decoder import Decoder
-from models.language.lora import LoraConfig, activate, attach, learning_rate_ratios, merge, parts, unmerge
+from models.language.lora import LoraConfig, activate, attach, fold, learning_rate_ratios, merge, parts, unmerge
 from models.language.lora_layers import adapted_row_norms, row_norms
 from models.language.packing import Packing
 from models.language.peft_folder import adapter_tensors, load_adapter, save_adapter
@@ -165,6 +165,38 @@ def test_merging_changes_nothing_but_speed(kind: tuple[LanguageConfig, LoraConfi
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, stored[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_kind_learns(kind: tuple[LanguageConfig, LoraConfig], seed: int) -> None:
+    """Thirty random tokens by heart, from a policy that knows nothing."""
+    model = Decoder(dataclasses.replace(kind[0], initializer_range=0.1)).init_weights(seed)
+    attach(model, dataclasses.replace(kind[1], r=8), seed)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(30):
+        logits_TV = model.logits(model(TOKENS, Packing.of([30])))
+        loss = torch.nn.functional.cross_entropy(logits_TV[:-1], TOKENS[1:])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[0] > 4.0
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_folding_leaves_a_plain_model(kind: tuple[LanguageConfig, LoraConfig]) -> None:
+    model = trained(*kind)
+    expected = logits(model)
+    merged = {name: tensor.clone() for name, tensor in to_checkpoint(model)}
+    fold(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in Decoder(kind[0]).named_parameters()
+    }
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in to_checkpoint(model))
+    attach(model, kind[1], seed=3)  # it can have adapters again, of the same name
 
 
 def test_only_adapters_train_and_start_without_effect(kind: tuple[LanguageConfig, LoraConfig]) -> None:

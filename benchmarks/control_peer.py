@@ -1,0 +1,156 @@
+"""longstride's control agents beside Stable-Baselines3's: scores, speed, and time to a threshold.
+
+    python -m benchmarks.control_peer --algo trpo --env HalfCheetah-v5 --steps 1000000 --seeds 5
+    python -m benchmarks.control_peer --algo a2c --env CartPole-v1 --steps 500000 --seeds 5 --jobs 8   # on many cores
+
+Ours runs as a user runs it, from the recipe that comes with longstride (`a2c-cartpole`), and with the policy and the
+environments in one process unless --backend and --workers say otherwise, as the peer does. Seeds of both sides are
+interleaved, so that whatever else the machine does falls on both; each process has one thread. One entry for each
+(algo, env): the median over the seeds of the mean return of 20 deterministic episodes after the last step, training
+steps per second, and seconds from the start of the process until the mean return of the last 100 training episodes
+reaches a threshold. An entry is written after each finished pair of seeds, so an interrupted benchmark keeps its runs.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import psutil
+import tyro
+
+from benchmarks.record import write_result
+
+THRESHOLDS = {
+    "CartPole-v1": 475,
+    "Acrobot-v1": -100,
+    "Pendulum-v1": -250,
+    "MountainCarContinuous-v0": 90,
+    "LunarLander-v3": 100,
+    "LunarLanderContinuous-v3": 100,
+    "HalfCheetah-v5": 1500,
+    "Hopper-v5": 1000,
+    "Walker2d-v5": 1000,
+    "Swimmer-v5": 30,
+    "Reacher-v5": -10,
+    "Ant-v5": 1000,
+}
+
+
+@dataclasses.dataclass
+class Config:
+    algo: str
+    env: str
+    steps: int
+    seeds: int = 5
+    jobs: int = 1
+    """Runs at a time."""
+    backend: Literal["local", "ray"] = "local"
+    workers: int = 1
+    peer: bool = True
+    """Run Stable-Baselines3 too."""
+    output: Path = Path("benchmarks/results/control_peer.json")
+
+
+def recipe_name(algo: str, env: str) -> str:
+    return f"{algo}-{env.partition('-')[0].lower()}"
+
+
+def ours(config: Config, seed: int) -> dict[str, Any]:
+    runs_dir, name = Path(tempfile.mkdtemp(prefix="control-")), f"seed-{seed}"
+    flags = {
+        "recipe": recipe_name(config.algo, config.env),
+        "env": config.env,
+        "steps": config.steps,
+        "seed": seed,
+        "backend": config.backend,
+        "workers": config.workers,
+        "eval-every": config.steps,
+        "eval-episodes": 20,
+        "log-every": max(1000, config.steps // 200),
+        "runs-dir": runs_dir,
+        "name": name,
+    }
+    command = [sys.executable, "-m", "launch", "train", config.algo]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment()) as process:
+        began = psutil.Process(process.pid).create_time()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    rows = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
+    threshold = THRESHOLDS[config.env]
+    reached = next((row for row in rows if row.get("train/return_mean", -1e9) >= threshold), None)
+    seconds = before = 0.0
+    for row in rows:
+        seconds += (row["step"] - before) / row["time/env_steps_per_s"]
+        before = row["step"]
+    return {
+        "seed": seed,
+        "steps": rows[-1]["step"],
+        "return_mean": round(rows[-1]["eval/return_mean"], 2),
+        "steps_per_s": round(rows[-1]["step"] / seconds, 1),
+        "steps_to_threshold": reached["step"] if reached else None,
+        "seconds_to_threshold": round(reached["time"] - began, 2) if reached else None,
+    }
+
+
+def peer(config: Config, seed: int) -> dict[str, Any]:
+    flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed}
+    command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment())
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    times = [run["seconds_to_threshold"] for run in runs]
+    return {
+        "median_return": median(run["return_mean"] for run in runs),
+        "median_steps_per_s": median(run["steps_per_s"] for run in runs),
+        # A seed that never got there counts as infinitely slow.
+        "median_seconds_to_threshold": t if (t := median(s if s is not None else 1e9 for s in times)) < 1e9 else None,
+        "runs": sorted(runs, key=lambda run: run["seed"]),
+    }
+
+
+def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
+    head |= {"backend": config.backend, "workers": config.workers, "runs_at_a_time": config.jobs}
+    sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
+    ratio = {}
+    if sides["ours"] and sides["peer"]:
+        ratio["steps_per_s"] = round(sides["ours"]["median_steps_per_s"] / sides["peer"]["median_steps_per_s"], 2)
+        slow, fast = (sides[side]["median_seconds_to_threshold"] for side in ("ours", "peer"))
+        ratio["seconds_to_threshold"] = round(slow / fast, 2) if slow and fast else None
+    return {"ours": head | sides["ours"], "peer": sides["peer"], "ratio": ratio}
+
+
+def main(config: Config) -> None:
+    earlier = config.output.read_text() if config.output.exists() else None
+    sides = [ours, peer] if config.peer else [ours]
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        waiting = {pool.submit(side, config, seed): side.__name__ for seed in range(config.seeds) for side in sides}
+        for future in concurrent.futures.as_completed(waiting):
+            found[waiting[future]].append(future.result())
+            print(waiting[future], future.result(), flush=True)
+            if earlier is None:
+                config.output.unlink(missing_ok=True)
+            else:
+                config.output.write_text(earlier)
+            write_result(config.output, "control_peer", **entry(config, found))
+    print(json.dumps(entry(config, found)["ratio"]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

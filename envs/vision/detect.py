@@ -1,0 +1,266 @@
+"""Detect-v0: where to look in a scene that is too large to see at once.
+
+A scene of 512×512 pixels holds small objects. The eye, a DETR trained on scenes of 128 pixels, takes 128×128. An action
+looks at a window, which is cut out and brought to the eye's size: the whole scene, one of 2×2 quarters, or one of 4×4
+windows, in which objects appear about as large as in the eye's training. What is found joins what was found before.
+
+    reward = quality of all boxes found so far - quality before - cost of a look
+    stopping is free and ends the episode
+
+so an episode's return is the final quality (box_quality.py, in [0, 1]) minus the cost of all looks.
+
+Observation, a vector in [-1, 1]: the scene's luminance on 16×16 cells, which windows were looked at, the scores of what
+was found on 8×8 cells, the part of the looks that are left. `DetectContinuous-v0` takes (x, y, zoom, stop) in [-1, 1]
+instead of a number: the nearest window of the nearest zoom, or the end if stop > 0.
+
+All environments of a vector are seen by one forward pass of the eye.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from envs.vision.box_quality import box_ious, box_quality
+from envs.vision.scene_spec import STUFF
+from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
+from models.detr.checkpoint import load_detr
+from models.detr.detr import normalise_images
+from models.detr.postprocess import Detections, detections
+from models.errors import UserError
+from models.seeding import derive_seed
+
+EYE = 128  # pixels of a side that the eye takes
+SCENES = SceneConfig(size=512, min_objects=4, max_objects=10, object_scale=0.25)
+LEVELS = ((1, 512), (2, 288), (4, 160))  # windows a side and their pixels; neighbours overlap, so that none cuts all
+WINDOWS = [
+    (round(column * (SCENES.size - side) / max(1, n - 1)), round(row * (SCENES.size - side) / max(1, n - 1)), side)
+    for n, side in LEVELS
+    for row in range(n)
+    for column in range(n)
+]  # (x, y, side) in pixels
+STOP = len(WINDOWS)
+THUMBNAIL, MAP = 16, 8  # cells of a side
+WEIGHTS = Path(__file__).parent / "weights" / "detr-scenes"  # comes with the package
+
+
+class Eye(Protocol):
+    def __call__(self, images_BHWC: Tensor) -> Sequence[Detections]:
+        """uint8 (B, 128, 128, 3) → boxes in these pixels."""
+        ...
+
+
+class DetrEye:
+    """A DETR folder as an eye: things of probability above the threshold."""
+
+    def __init__(self, folder: str | Path, threshold: float = 0.5, device: str = "cpu") -> None:
+        if not Path(folder).is_dir():
+            raise UserError(
+                f"{folder}: no detector there; train one (longstride train detr --recipe detr-scenes-gpu) and give the "
+                "environment its folder, RUN/model/final"
+            )
+        self.model, self.threshold, self.device = load_detr(folder).to(device), threshold, device
+
+    @torch.no_grad()
+    def __call__(self, images_BHWC: Tensor) -> list[Detections]:
+        output = self.model(normalise_images(images_BHWC.to(self.device)))
+        found = detections(output, [(EYE, EYE)] * len(images_BHWC), self.threshold)
+        return [_things(d) for d in found]
+
+
+def _things(found: Detections) -> Detections:
+    kept = torch.tensor([label not in STUFF for label in found.labels.tolist()], dtype=torch.bool)
+    scores, labels, boxes, queries = (x.cpu()[kept] for x in (found.scores, found.labels, found.boxes, found.queries))
+    return Detections(scores, labels, boxes, queries)
+
+
+@dataclass
+class Episode:
+    """One environment's scene and what is known of it."""
+
+    scene: Scene
+    pixels_3HW: Tensor  # float32, 0 to 255
+    boxes: np.ndarray  # (n, 4) xyxy in the scene's pixels
+    labels: np.ndarray  # (n,)
+    scores: np.ndarray  # (n,)
+    looked: np.ndarray  # (windows,) bool
+    thumbnail: np.ndarray  # (THUMBNAIL²,) float32
+    looks: int = 0
+    quality: float = 0.0
+
+
+class DetectVectorEnv(VectorEnv):
+    """eye: a DETR's folder, or anything that finds objects in images; None: the detector that comes with the package.
+
+    max_looks: an episode ends after so many. device: where a folder's DETR runs.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012  (gymnasium's way)
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        eye: str | Path | Eye | None = None,
+        continuous: bool = False,
+        cost: float = 0.02,
+        max_looks: int = 12,
+        split: Split = "train",
+        device: str = "cpu",
+    ) -> None:
+        if not 0 <= cost < 1 or max_looks < 1:
+            raise UserError(f"Detect-v0: cost {cost} and max_looks {max_looks}: a cost from 0 to 1, at least one look")
+        self.num_envs, self.continuous = num_envs, continuous
+        self.cost, self.max_looks, self.split = cost, max_looks, split
+        eye = WEIGHTS if eye is None else eye
+        self.eye: Eye = DetrEye(eye, device=device) if isinstance(eye, str | Path) else eye
+        size = THUMBNAIL**2 + len(WINDOWS) + MAP**2 + 1
+        self.single_observation_space = gymnasium.spaces.Box(-1, 1, (size,), np.float32)
+        self.single_action_space = (
+            gymnasium.spaces.Box(-1, 1, (4,), np.float32) if continuous else gymnasium.spaces.Discrete(STOP + 1)
+        )
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.seed, self.begun = 0, np.zeros(num_envs, np.int64)  # episodes that each environment has begun
+        self.episodes: list[Episode] = []
+        self.done = np.zeros(num_envs, bool)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The scenes that follow depend on the seed alone; without one they go on from the last."""
+        if seed is not None:
+            self.seed = seed if isinstance(seed, int) else derive_seed(0, *map(str, seed))
+            self.begun[:] = 0
+        self.episodes = [self._begin(i) for i in range(self.num_envs)]
+        self.done[:] = False
+        return self._observations(), {}
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        choices = [self._choice(action) for action in np.asarray(actions)]
+        fresh = self.done.copy()
+        looking = [i for i in range(self.num_envs) if not fresh[i] and choices[i] != STOP]
+        rewards, terminated = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
+        if looking:
+            views = torch.stack([self._view(self.episodes[i], choices[i]) for i in looking])
+            for i, found in zip(looking, self.eye(views), strict=True):
+                rewards[i] = self._learn(self.episodes[i], choices[i], found) - self.cost
+        for i in range(self.num_envs):
+            if fresh[i]:  # the dummy step of autoreset
+                self.episodes[i] = self._begin(i)
+            else:
+                terminated[i] = choices[i] == STOP or self.episodes[i].looks >= self.max_looks
+        self.done = terminated
+        information = {
+            "quality": np.array([e.quality for e in self.episodes], np.float32),
+            "looks": np.array([e.looks for e in self.episodes]),
+        }
+        return self._observations(), rewards, terminated, np.zeros(self.num_envs, bool), information
+
+    def _begin(self, i: int) -> Episode:
+        index = derive_seed(self.seed, "detect", i, int(self.begun[i]))
+        self.begun[i] += 1
+        scene = make_scene(SCENES, self.seed, index, self.split)
+        pixels = torch.from_numpy(scene.image).permute(2, 0, 1).float()
+        luminance = F.adaptive_avg_pool2d(pixels.mean(0, keepdim=True), THUMBNAIL).flatten().numpy() / 255
+        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return Episode(scene, pixels, *nothing, np.zeros(len(WINDOWS), bool), luminance - luminance.mean())
+
+    def _choice(self, action: Any) -> int:
+        """An action → a window, or STOP. Raises UserError for a number that is none."""
+        if not self.continuous:
+            if not 0 <= int(action) <= STOP:
+                raise UserError(f"Detect-v0: action {action} is not one of 0 to {STOP}")
+            return int(action)
+        x, y, zoom, stop = (float(v) for v in np.clip(action, -1, 1))
+        if stop > 0:
+            return STOP
+        level = min(len(LEVELS) - 1, int((zoom + 1) / 2 * len(LEVELS)))
+        side = LEVELS[level][0]
+        column, row = (min(side - 1, int((v + 1) / 2 * side)) for v in (x, y))
+        return sum(n * n for n, _ in LEVELS[:level]) + row * side + column
+
+    def _view(self, episode: Episode, window: int) -> Tensor:
+        x, y, side = WINDOWS[window]
+        crop = episode.pixels_3HW[None, :, y : y + side, x : x + side]
+        view = F.interpolate(crop, (EYE, EYE), mode="bilinear", antialias=True)[0]
+        return view.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+    def _learn(self, episode: Episode, window: int, found: Detections) -> float:
+        """Merge what was found into what is known; return the quality gained."""
+        x, y, side = WINDOWS[window]
+        boxes = found.boxes.numpy() * (side / EYE)
+        # What an inner edge of the window cuts is seen whole in the next window.
+        margin, scene = 0.015 * side, SCENES.size
+        low_cut = (boxes[:, :2] < margin) & (np.array([x, y]) > 0)
+        high_cut = (boxes[:, 2:] > side - margin) & (np.array([x, y]) + side < scene)
+        whole = ~(low_cut | high_cut).any(1)
+        boxes = (boxes + np.array([x, y, x, y], np.float32))[whole].astype(np.float32)
+        # A close look is worth more than a high score from afar.
+        scores = found.scores.numpy()[whole] + (LEVELS[0][1] - side) / LEVELS[0][1]
+        merged = _without_doubles(
+            np.concatenate([episode.boxes, boxes]),
+            np.concatenate([episode.labels, found.labels.numpy()[whole]]),
+            np.concatenate([episode.scores, scores.astype(np.float32)]),
+        )
+        episode.boxes, episode.labels, episode.scores = merged
+        episode.looked[window] = True
+        episode.looks += 1
+        before = episode.quality
+        episode.quality = box_quality(episode.boxes, episode.labels, episode.scene.boxes, episode.scene.labels)
+        return episode.quality - before
+
+    def _observations(self) -> np.ndarray:
+        rows = []
+        for episode in self.episodes:
+            known = np.zeros((MAP, MAP), np.float32)
+            if len(episode.boxes):
+                centres = (episode.boxes[:, :2] + episode.boxes[:, 2:]) / 2
+                cells = (centres * MAP / SCENES.size).astype(int).clip(0, MAP - 1)
+                np.add.at(known, (cells[:, 1], cells[:, 0]), episode.scores / 2)
+            left = np.float32(1 - episode.looks / self.max_looks)
+            parts = (episode.thumbnail, episode.looked, known.clip(max=1).ravel(), [left])
+            rows.append(np.concatenate(parts).astype(np.float32))
+        return np.stack(rows)
+
+
+def _without_doubles(
+    boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of boxes that overlap by more than half, the one of the highest score (non-maximum suppression of any class)."""
+    kept: list[int] = []
+    iou = box_ious(boxes, boxes)
+    for i in np.argsort(-scores, kind="stable"):
+        if all(iou[i, j] <= 0.5 for j in kept):
+            kept.append(int(i))
+    return boxes[kept], labels[kept], scores[kept]
+
+
+class DetectEnv(gymnasium.Env):
+    """A vector of one, for what wants a plain environment."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (gymnasium's way)
+
+    def __init__(self, **settings: Any) -> None:
+        self.vector = DetectVectorEnv(1, **settings)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        observations, _ = self.vector.reset(seed=seed)
+        return observations[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observations, rewards, terminated, _, information = self.vector.step(np.asarray(action)[None])
+        return (observations[0], float(rewards[0]), bool(terminated[0]), False,
+                {name: value[0] for name, value in information.items()})  # fmt: skip
