@@ -17,7 +17,7 @@ from models.diffusion.folder import load_folder, save_folder
 from models.diffusion.pipeline import denoise
 from models.diffusion.schedulers import DDIM
 from models.errors import UserError
-from tests.models.diffusion.small_models import CAPTIONS, latent_diffusion
+from tests.models.diffusion.small_models import CAPTIONS, tiny_latent_diffusion
 
 BRIGHTNESS = "tests.agents.vision.rewards:brightness"
 
@@ -25,7 +25,7 @@ BRIGHTNESS = "tests.agents.vision.rewards:brightness"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_folder(latent_diffusion(), folder)
+    save_folder(tiny_latent_diffusion(), folder)
     return folder
 
 
