@@ -7,6 +7,7 @@ import numpy as np
 
 from agents.config import ControlConfig
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, call_each
+from agents.statistics import bootstrap_interval
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from launch.run import ActorGroup, Run
     from models.control.numpy_policies import NumpyPolicy
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,6 @@ class Evaluation:
             f"{prefix}/return_ci95_high": high,
             f"{prefix}/length_mean": float(self.lengths.mean()),
         }
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of `values` (E,): Efron's percentile bootstrap, always with the same resamples."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def start_workers(config: ControlConfig, run: "Run", policy: "Callable[[np.ndarray], NumpyPolicy]") -> "ActorGroup":

@@ -30,7 +30,7 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
     """Train a tokenizer on the problems and write a policy with random weights beside it."""
     texts = [text for p in problems for text in (p.prompt, p.solution or p.answer)]
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    dense = config.intermediate_size > 0
+    dense, standard = config.intermediate_size > 0, config.parametrization == "standard"
     language = LanguageConfig(
         vocab_size=max(config.vocab_size, len(tokenizer)),
         hidden_size=config.hidden_size,
@@ -59,8 +59,15 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qk_norm=True,
+        norm_type=config.norm_type,
+        norm_placement=config.norm_placement,
+        attention_scaling=config.attention_scaling,
+        log_n_from=config.log_n_from,
+        initializer=config.initializer,
         # keeps the variance of a projection's input (LeCun); the usual 0.02 suits widths of thousands
-        initializer_range=config.hidden_size**-0.5,
+        initializer_range=(config.hidden_size if standard else config.base_hidden_size) ** -0.5,
+        parametrization=config.parametrization,
+        base_hidden_size=config.base_hidden_size,
         eos_token_id=(tokenizer.eos_token_id,),
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -73,7 +73,10 @@ class Detr(nn.Module):
 
     def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None) -> DetrOutput:
         """images: normalised by IMAGE_MEAN and IMAGE_STD. valid: False at padding; None if nothing is padded."""
-        features = self.backbone(images_BCHW)
+        return self.detect(self.backbone(images_BCHW), valid_BHW)
+
+    def detect(self, features: list[Tensor], valid_BHW: Tensor | None) -> DetrOutput:
+        """What follows the backbone. features: its maps from fine to coarse."""
         x_BDHW = self.input_proj(features[-1])
         rows, columns = x_BDHW.shape[-2:]
         if valid_BHW is None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import envs.vision
-from envs.control.vector_env import control_spaces, make_vector_env
+from envs.control.spaces import DiscreteActions
+from envs.control.vector_env import ControlEnv
 from envs.vision import detect
 from envs.vision.box_quality import box_quality
 from envs.vision.detect import LEVELS, SCENES, STOP, WINDOWS, DetectVectorEnv
@@ -180,8 +181,9 @@ def test_gymnasium_makes_it_with_a_detector_of_ours(detector: Path) -> None:
 
 def test_agents_take_it_by_its_id(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "WEIGHTS", detector)
-    assert control_spaces("envs.vision:Detect-v0").actions == STOP + 1
-    assert make_vector_env("envs.vision:Detect-v0", 2).num_envs == 2
+    env = ControlEnv("envs.vision:Detect-v0", 2)
+    assert env.spaces.actions == DiscreteActions(STOP + 1)
+    env.close()
 
 
 def test_bad_input(tmp_path: Path, env: DetectVectorEnv) -> None:
