@@ -1,6 +1,6 @@
 """The `longstride` command.
 
-longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--any.config.field value]
+longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--seeds N] [--any.config.field value]
 longstride evaluate RUN_OR_CHECKPOINT [--any.config.field value]
 longstride resume RUN
 longstride runs
@@ -69,6 +69,11 @@ def train(arguments: Sequence[str]) -> int:
         return 0
     trainer = job.trainer()
     entries["name"] = config.run.name or _free_name(config.run.runs_dir, name)
+    if config.options.seeds > 1:
+        from launch.seeds import train_seeds
+
+        seeds = range(config.run.seed, config.run.seed + config.options.seeds)
+        return train_seeds(name, entries, entries["name"], seeds, config.options.seeds_at_once)
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
     try:
         return _run(name, trainer, config, directory, None)

@@ -53,6 +53,13 @@ class TrainOptions:
     """YAML file, or the name of a recipe that comes with longstride."""
     dry_run: bool = False
     """Print the resolved configuration and the placement plan, and stop."""
+    seeds: int = 1
+    """Train this many seeds, from --seed on, each as a run of its own below runs/<name>/, and aggregate them."""
+    seeds_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.seeds_at_once) < 1:
+            raise UserError("--seeds and --seeds-at-once must be at least 1")
 
 
 def combine(title: str, **parts: type) -> type:

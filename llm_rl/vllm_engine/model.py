@@ -51,7 +51,8 @@ class SoftmaxAttentionLayer(nn.Module):
         self.head_dim = size
         self.sizes = [heads * size, kv_heads * size, kv_heads * size]
         self.qkv_proj = QKVParallelLinear(hidden, size, heads, kv_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
-        self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        o_bias = bias and config.o_proj_bias
+        self.o_proj = RowParallelLinear(heads * size, hidden, bias=o_bias, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.query_scale = QueryScale(config, reads_all=kind == "full_attention")

@@ -40,7 +40,7 @@ class SoftmaxAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias and config.o_proj_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.query_scale = QueryScale(config, reads_all=type(self) is SoftmaxAttention)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from models.language.config import LanguageConfig
+from models.language.config import LanguageConfig, RopeConfig
 from models.language.decoder import Decoder
 
 SHAPE = {
@@ -69,6 +69,7 @@ RECURRENT = replace(
     gau_chunk_size=16,
     initializer_range=0.12,  # six layers at 0.2 make float32 rounding alone reach 2e-5
 )
+GLM = replace(DEEPSEEK, attention_bias=True, o_proj_bias=False, rope=RopeConfig(partial_rotary_factor=0.5))
 POST_NORM = replace(
     DENSE, norm_placement="post", norm_type="layer_norm", parametrization="mup", base_hidden_size=32, log_n_from=8
 )
