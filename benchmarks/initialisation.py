@@ -117,8 +117,8 @@ def temperature(config: Config) -> dict[str, Any]:
             scores = torch.einsum("ihc,jhc->hij", q, k) / math.sqrt(size)
             rows["logit_std"].append(scores.std().item())
             rows["entropy"].append(attention_entropy(attention, x_TD, packing, cos_sin))
-            # trace of ∂p/∂logits = diag(p) − p pᵀ for the last query: the gradient that softmax lets through
-            rows["softmax_jacobian"].append(1 - scores[:, -1].softmax(-1).square().sum(-1).mean().item())
+            # trace of ∂p/∂logits = diag(p) − p pᵀ over all keys: the gradient that softmax lets through
+            rows["softmax_jacobian"].append(1 - scores.softmax(-1).square().sum(-1).mean().item())
         found[label] = {name: [round(value, 4) for value in values] for name, values in rows.items()}
     panels = (("logit_std", "σ of the logits", "log"), ("entropy", "entropy / log n", "linear"),
               ("softmax_jacobian", "tr ∂p/∂logits: 0 is saturated", "linear"))  # fmt: skip
@@ -227,7 +227,7 @@ def placement(config: Config) -> dict[str, Any]:
 
 
 def warmup(config: Config) -> dict[str, Any]:
-    """Training 12 layers with and without a linear warm-up, at one rate."""
+    """Training 8 layers with and without a linear warm-up, at one rate."""
     steps, lr = max(4, int(200 * config.scale)), 3e-3
     runs = {
         "post, no warm-up": (PLACEMENTS["post"], 0),
@@ -239,7 +239,7 @@ def warmup(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"lr": lr, "steps": steps}
     lines = {}
     for label, (changes, warm) in runs.items():
-        curves = [train(shape(num_hidden_layers=12, **changes), lr, steps, seed, warm) for seed in range(config.seeds)]
+        curves = [train(shape(num_hidden_layers=8, **changes), lr, steps, seed, warm) for seed in range(config.seeds)]
         found[label] = [round(end(curve), 4) for curve in curves]
         print(f"  {label}: {found[label]}", flush=True)
         mean = [sum(values) / len(values) for values in zip(*curves)]
@@ -259,16 +259,17 @@ def _plot(
 ) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * max(len(panels), 1.5), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * max(len(panels), 1.5), 4.0), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)[0]
     for axis, (title, x_label, y_scale, lines) in zip(axes, panels):
-        for label, (x, y) in lines.items():
-            axis.plot(list(x), y, marker="." if len(x) < 40 else "", label=label)
+        for style, (label, (x, y)) in enumerate(lines.items()):
+            dash = ("-", "-", "--", "-", "--")[style % 5]  # lines that lie on each other stay visible
+            axis.plot(list(x), y, dash, marker="." if len(x) < 40 else "", label=label)
         axis.set(title=title, xlabel=x_label, yscale=y_scale)
         if log_x:
             axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="x-small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     if share_y:
         axes[0].set_ylim(None, math.log(VOCABULARY) + 0.3)
     figure.savefig(file, dpi=80)
