@@ -4,8 +4,8 @@ python -m benchmarks.detr_scenes --minutes 8               # on the GPU; --peer 
 python -m benchmarks.detr_scenes --minutes 1 --toy         # to see that it runs, on the CPU
 
 A short run measures the speed; the run proper then has as many steps as fit the time. With --peer both are trained for
-the same number of steps. The peer has the same shape, data, optimizer and averaging, its own losses, and its batch
-norms, which transformers freezes, learn as ours do.
+the same number of steps. The peer has the same shape, first weights, data, optimizer, averaging and dense head, its own
+losses, and its batch norms, which transformers freezes, learn as ours do. It runs eagerly.
 """
 
 import contextlib
@@ -24,11 +24,13 @@ import tyro
 from torch import Tensor, nn
 
 from agents.vision import detr as job
+from agents.vision.dense_scaffold import dense_loss
 from agents.vision.detr_learner import DetrLearner, NetworkConfig
 from benchmarks.record import describe_machine, write_result
 from envs.vision.example import DeviceBatch
-from models.detr.checkpoint import save_detr
+from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import DetrOutput
+from models.seeding import derive_seed
 
 TOY = [
     "--data.scenes.size",
@@ -71,6 +73,8 @@ class Config:
     peer: bool = False
     toy: bool = False
     backend: str = "ray"
+    weights: Path | None = None
+    """Folder for the trained detector in half precision, with its figures: what the package brings along."""
     output: Path = Path("benchmarks/results/detr_scenes.json")
 
 
@@ -91,6 +95,9 @@ def main(config: Config) -> None:
     flags = ["--steps", str(steps), "--eval-every", str(max(1, steps // 2 + 1))]
     ours = run(config, runs_dir, "ours", flags, peer=False)
     keep(config, ours, None)
+    if config.weights:
+        save_detr(load_detr(runs_dir / "ours" / "model" / "final"), config.weights, torch.float16)
+        (config.weights / "figures.json").write_text(json.dumps({"command": sys.argv[1:], **ours}, indent=2) + "\n")
     if config.peer:
         keep(config, ours, run(config, runs_dir, "peer", flags, peer=True))
 
@@ -148,6 +155,25 @@ class PeerModel(nn.Module):
         return DetrOutput(out.logits[None], out.pred_boxes[None], out.pred_masks)
 
 
+class PeerScaffold(nn.Module):
+    """The same dense head on the same feature map."""
+
+    def __init__(self, net: PeerModel) -> None:
+        super().__init__()
+        self.net = net
+        config = net.model.config
+        self.head = nn.Conv2d(config.backbone_config.hidden_sizes[-1], config.num_labels + 1, 1)
+        self.features: list[tuple[Tensor, Tensor]] = []
+        net.model.detr.model.backbone.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, features: list[tuple[Tensor, Tensor]]) -> None:
+        self.features = features
+
+    def forward(self, images: Tensor, valid: Tensor | None, labels: Any) -> tuple[Any, Tensor]:
+        out = self.net.model(images, valid, labels=labels)
+        return out, self.head(self.features[-1][0])
+
+
 class PeerLearner(DetrLearner):
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Any:
         from transformers import DetrForSegmentation
@@ -161,6 +187,11 @@ class PeerLearner(DetrLearner):
         _let_batch_norms_learn(model)
         return PeerModel(model).requires_grad_(True)
 
+    def scaffolded(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "scaffold"))
+            return PeerScaffold(self.net)  # type: ignore[arg-type]
+
     def losses(self, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         targets, labels = batch.targets, []
         assert targets.masks_BTHW is not None
@@ -173,9 +204,11 @@ class PeerLearner(DetrLearner):
                 }
             )
         with self._autocast():
-            out = self.net.model(batch.images_BCHW, batch.valid_BHW, labels=labels)
+            out, cells_BChw = self.forward(batch.images_BCHW, batch.valid_BHW, labels)
+        dense = dense_loss(cells_BChw, targets, batch.valid_BHW)
         names = {"label": "loss_ce", "box": "loss_bbox", "giou": "loss_giou", "mask": "loss_mask", "dice": "loss_dice"}
-        return out.loss, {name: out.loss_dict[theirs] for name, theirs in names.items()}
+        parts = {name: out.loss_dict[theirs] for name, theirs in names.items()}
+        return out.loss + self.settings.dense_weight * dense, parts | {"dense": dense}
 
 
 def _let_batch_norms_learn(module: nn.Module) -> None:

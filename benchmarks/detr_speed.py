@@ -4,8 +4,8 @@ python -m benchmarks.detr_speed                            # on the GPU
 python -m benchmarks.detr_speed --toy                      # to see that it runs, on the CPU
 
 Ours: frozen batch norms folded into the convolutions, channels last, torch.compile. Theirs: SDPA attention (its
-default), plain, channels last, and with torch.compile as its documentation advises; the fastest of these counts.
-Images are padded as a real batch is (one of them is smaller), and theirs gets the same mask.
+default), plain, channels last, and with torch.compile as its documentation advises; the fastest of these counts. Images
+are padded as a real batch is (one of them is smaller), and theirs gets the same mask.
 """
 
 import dataclasses

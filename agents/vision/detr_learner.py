@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from agents.vision.dense_scaffold import DenseScaffold, dense_loss
 from envs.vision.example import Batch, DeviceBatch
 from models.detr.checkpoint import load_detr
 from models.detr.config import DetrConfig, LayerType, ResNetConfig
-from models.detr.detr import Detr, DetrOutput
+from models.detr.detr import Detr
 from models.detr.loss import SetLossConfig, set_loss
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -66,6 +67,8 @@ class OptimizerConfig:
     warmup: int = 500
     """Steps until the full learning rate."""
     max_grad_norm: float = 0.1
+    dense_weight: float = 0.0
+    """Of the dense loss that helps a backbone from random weights (dense_scaffold.py); 0 for a trained one."""
     ema_decay: float = 0.999
     """Of the averaged weights, which are evaluated and saved."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -100,20 +103,26 @@ class DetrLearner:
         for parameter in self.net.parameters():
             if parameter.dim() == 4:  # images arrive with their channels last, and convolutions are faster so
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.scaffold = self.scaffolded().to(device)
         self.averaged = copy.deepcopy(self.net).eval().requires_grad_(False)
         self._averaging = _floats(self.averaged), _floats(self.net)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
-        self.forward: Any = torch.compile(self.net) if optimizer.compile else self.net
+        self.forward: Any = torch.compile(self.scaffold) if optimizer.compile else self.scaffold
         self.step = 0
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
         return _started_from(start, names) if start else _random(network, names, self.seed)
 
+    def scaffolded(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "scaffold"))
+            return DenseScaffold(self.net)
+
     def _groups(self) -> list[dict[str, Any]]:
         """The backbone at its own rate; no decay of vectors (norms, biases)."""
         groups = []
         for lr, of_backbone in ((self.settings.lr, False), (self.settings.backbone_lr, True)):
-            named = [p for n, p in self.net.named_parameters() if n.startswith("backbone.") == of_backbone]
+            named = [p for n, p in self.scaffold.named_parameters() if n.startswith("net.backbone.") == of_backbone]
             for matrices, decay in ((True, self.settings.weight_decay), (False, 0.0)):
                 group = [p for p in named if (p.dim() > 1) == matrices]
                 if group:
@@ -132,7 +141,7 @@ class DetrLearner:
         total, parts = self.losses(batch.to_device(self.device))
         self.optimizer.zero_grad()
         total.backward()
-        norm = clip_grad_norm_(self.net.parameters(), self.settings.max_grad_norm)
+        norm = clip_grad_norm_(self.scaffold.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self._average()
         self.step += 1
@@ -140,8 +149,12 @@ class DetrLearner:
 
     def losses(self, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with self._autocast():
-            output: DetrOutput = self.forward(batch.images_BCHW, batch.valid_BHW)
-        return set_loss(output, batch.targets, self.loss)
+            output, cells_BChw = self.forward(batch.images_BCHW, batch.valid_BHW)
+        total, parts = set_loss(output, batch.targets, self.loss)
+        if self.settings.dense_weight:
+            parts["dense"] = dense_loss(cells_BChw, batch.targets, batch.valid_BHW)
+            total = total + self.settings.dense_weight * parts["dense"]
+        return total, parts
 
     def _schedule(self) -> float:
         warmed = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
@@ -174,13 +187,13 @@ class DetrLearner:
     def state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "net": self.net.state_dict(),
+            "net": self.scaffold.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
+        self.scaffold.load_state_dict(state["net"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():

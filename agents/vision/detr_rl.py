@@ -5,6 +5,9 @@ arXiv 2302.08242), where the set loss is only a stand-in for it.
 
 The reward is `box_quality` (envs/vision/box_quality.py): PQ's form on boxes, of the whole answer. Both the drawing and
 the gradient are of one forward pass, in eval mode, so there is nothing off-policy to correct.
+
+Only labels are drawn. Boxes (and masks) keep learning from their part of the set loss: labels and boxes share all
+layers but the last, and with nothing to hold them the boxes drift faster than the labels improve.
 """
 
 import importlib
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from agents.vision.detection_policy import Answers, answer_log_probs, leave_one_out, reinforce_loss, sample_answers
+from agents.vision.detection_policy import answer_log_probs, leave_one_out, reinforce_loss, sample_answers
 from agents.vision.detection_score import evaluate_detector
 from agents.vision.prefetch import in_order
 from envs.vision.example import Batch
@@ -28,12 +31,15 @@ from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import Detr
+from models.detr.loss import SetLossConfig, set_loss
 from models.detr.targets import Targets
 from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
+
+HOLD = SetLossConfig(label=0.0)
 
 # boxes xyxy (n, 4) and labels (n,) of an answer, then of the truth, relative to the image → the reward
 Reward = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
@@ -50,8 +56,6 @@ class DetrRLConfig:
     batch_size: int = 32
     samples: int = 8
     """Answers drawn for each image."""
-    box_std: float = 0.01
-    """Of the boxes drawn, in parts of the image. 0: only labels are drawn, and boxes stay as they are."""
     lr: float = 1e-5
     """Of AdamW, constant. The backbone and its norms stay as they are."""
     max_grad_norm: float = 1.0
@@ -70,8 +74,6 @@ class DetrRLConfig:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
         if self.samples < 2:
             raise UserError(f"--samples is {self.samples}: a leave-one-out baseline needs at least 2")
-        if self.box_std < 0:
-            raise UserError(f"--box-std is {self.box_std}: must not be negative")
 
 
 def train(config: DetrRLConfig, run: "Run") -> None:
@@ -79,7 +81,14 @@ def train(config: DetrRLConfig, run: "Run") -> None:
     source = make_source(config.data, run.seed, heldout=True)
     tuner = DetectorTuner(config, source.names, source.stuff, run.seed, run.device)
     loaders = run.actors(
-        BatchLoader, config.loaders, {"cpu": 1}, config.data, run.seed, config.batch_size, False, name="loader"
+        BatchLoader,
+        config.loaders,
+        {"cpu": 1},
+        config.data,
+        run.seed,
+        config.batch_size,
+        tuner.net.config.mask_head,
+        name="loader",
     )
     state = run.restore()
     if state is not None:
@@ -130,7 +139,7 @@ class DetectorTuner:
                 "its labels"
             )
         self.net.backbone.requires_grad_(False)
-        self.parameters = [p for n, p in self.net.named_parameters() if p.requires_grad and "mask" not in n]
+        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
 
@@ -139,36 +148,36 @@ class DetectorTuner:
         config, there = self.config, batch.to_device(self.device)
         output = self.net(there.images_BCHW, there.valid_BHW)
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "answers", self.step))
-        prediction = output.logits_BQC, output.boxes_BQ4
-        answers = sample_answers(*prediction, config.samples, config.box_std, generator)
-        rewards_KB = self._score(answers, there.targets).to(self.device)
-        log_probs_KB = answer_log_probs(*prediction, answers, config.box_std)
+        labels_KBQ = sample_answers(output.logits_BQC, config.samples, generator)
+        rewards_KB = self._score(labels_KBQ, output.boxes_BQ4, there.targets).to(self.device)
+        log_probs_KB = answer_log_probs(output.logits_BQC, labels_KBQ)
         advantages_KB = leave_one_out(rewards_KB)
         self.optimizer.zero_grad()
-        reinforce_loss(log_probs_KB, advantages_KB).backward()
+        held, _ = set_loss(output, there.targets, HOLD)
+        (reinforce_loss(log_probs_KB, advantages_KB) + held).backward()
         norm = clip_grad_norm_(self.parameters, config.max_grad_norm)
         self.optimizer.step()
         self.step += 1
         return {
             "train/reward": rewards_KB.mean().item(),
             "train/reward_std": rewards_KB.std(0).mean().item(),
-            "train/boxes": (answers.labels_KBQ < self.net.config.num_labels).sum(-1).float().mean().item(),
+            "train/boxes": (labels_KBQ < self.net.config.num_labels).sum(-1).float().mean().item(),
             "train/log_prob": log_probs_KB.mean().item(),
             "train/grad_norm": norm.item(),
         }
 
-    def _score(self, answers: Answers, targets: Targets) -> Tensor:
+    def _score(self, labels_KBQ: Tensor, boxes_BQ4: Tensor, targets: Targets) -> Tensor:
         """Rewards (K, B)."""
-        labels_KBQ = answers.labels_KBQ.cpu().numpy()
-        boxes_KBQ4 = cxcywh_to_xyxy(answers.boxes_KBQ4).clamp(0, 1).cpu().numpy()
+        drawn_KBQ = labels_KBQ.cpu().numpy()
+        boxes = cxcywh_to_xyxy(boxes_BQ4.detach()).cpu().numpy()
         true_labels = targets.labels_BT.cpu().numpy()
         wanted = targets.valid_BT.cpu().numpy() & ~np.isin(true_labels, self.no_thing)
         true_boxes = cxcywh_to_xyxy(targets.boxes_BT4).cpu().numpy()
-        rewards = np.zeros(labels_KBQ.shape[:2], np.float32)
+        rewards = np.zeros(drawn_KBQ.shape[:2], np.float32)
         for k, i in np.ndindex(rewards.shape):
-            drawn = ~np.isin(labels_KBQ[k, i], self.no_thing)
+            given = ~np.isin(drawn_KBQ[k, i], self.no_thing)
             truth = true_boxes[i, wanted[i]], true_labels[i, wanted[i]]
-            rewards[k, i] = self._reward_of(boxes_KBQ4[k, i, drawn], labels_KBQ[k, i, drawn], *truth)
+            rewards[k, i] = self._reward_of(boxes[i, given], drawn_KBQ[k, i, given], *truth)
         return torch.from_numpy(rewards)
 
     def _reward_of(self, *answer_and_truth: np.ndarray) -> float:

@@ -147,7 +147,7 @@ class BatchLoader:
             examples = [Example(e.image, e.labels, e.boxes) for e in examples]
         elif any(e.ids is None for e in examples):
             raise UserError(
-                "an image has objects without masks: train without --network.masks, or use --data.coco.panoptic"
+                "objects without masks cannot train a mask head: give --data.coco.panoptic, or a detector without masks"
             )
         return collate(examples)
 

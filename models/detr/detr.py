@@ -73,7 +73,10 @@ class Detr(nn.Module):
 
     def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None) -> DetrOutput:
         """images: normalised by IMAGE_MEAN and IMAGE_STD. valid: False at padding; None if nothing is padded."""
-        features = self.backbone(images_BCHW)
+        return self.detect(self.backbone(images_BCHW), valid_BHW)
+
+    def detect(self, features: list[Tensor], valid_BHW: Tensor | None) -> DetrOutput:
+        """What follows the backbone. features: its maps from fine to coarse."""
         x_BDHW = self.input_proj(features[-1])
         rows, columns = x_BDHW.shape[-2:]
         if valid_BHW is None:
@@ -89,7 +92,11 @@ class Detr(nn.Module):
         if self.config.mask_head:
             attention_BQNK = self.bbox_attention(hidden_LBQD[-1], memory_BKD, valid_BK)
             masks_BQHW = self.mask_head(x_BDHW, attention_BQNK.unflatten(-1, (rows, columns)), features[2::-1])
-        return DetrOutput(self.class_embed(hidden_LBQD), self.bbox_embed(hidden_LBQD).sigmoid(), masks_BQHW)
+        # Never in lower precision than the weights: a box in bfloat16 is good to half a pixel in 128.
+        with torch.autocast(hidden_LBQD.device.type, enabled=False):
+            hidden_LBQD = hidden_LBQD.to(self.class_embed.weight.dtype)
+            logits_LBQC, boxes_LBQ4 = self.class_embed(hidden_LBQD), self.bbox_embed(hidden_LBQD).sigmoid()
+        return DetrOutput(logits_LBQC, boxes_LBQ4, masks_BQHW)
 
 
 def normalise_images(images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

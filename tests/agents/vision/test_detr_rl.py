@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Categorical
 
 from agents.vision import detr_rl
-from agents.vision.detection_policy import Answers, answer_log_probs, leave_one_out, reinforce_loss, sample_answers
+from agents.vision.detection_policy import answer_log_probs, leave_one_out, reinforce_loss, sample_answers
 from agents.vision.detr_rl import DetectorTuner, DetrRLConfig
 from envs.vision.sources import DataConfig, SceneSource
 from launch.checkpoint import CheckpointStore
@@ -21,8 +21,6 @@ from launch.runtime import Runtime
 from models.detr.checkpoint import save_detr
 from models.errors import UserError
 from tests.agents.vision.test_detr import SCENES, assert_equal, batches, learner
-
-BOXES = torch.tensor([[[0.3, 0.3, 0.2, 0.2], [0.6, 0.6, 0.3, 0.3]]])
 
 
 def logits() -> Tensor:
@@ -36,16 +34,16 @@ def reward_of(labels: tuple[int, ...]) -> float:
     return float(labels == (0, 2)) + 0.3 * (labels[0] == labels[1]) - 0.1 * labels[1]
 
 
-def every_answer() -> Answers:
-    labels = torch.tensor(list(itertools.product(range(3), repeat=2)))[:, None]
-    return Answers(labels, BOXES.expand(len(labels), -1, -1, -1))
+def every_answer() -> Tensor:
+    """Labels (9, 1, 2)."""
+    return torch.tensor(list(itertools.product(range(3), repeat=2)))[:, None]
 
 
 def exact_gradient() -> Tensor:
     """∇ Σ_y π(y) r(y), by summing over all nine answers."""
     leaf = logits()
-    rewards = torch.tensor([reward_of(tuple(y[0].tolist())) for y in every_answer().labels_KBQ])
-    expected = (answer_log_probs(leaf.double(), BOXES, every_answer(), 0).exp()[:, 0] * rewards).sum()
+    rewards = torch.tensor([reward_of(tuple(y[0].tolist())) for y in every_answer()])
+    expected = (answer_log_probs(leaf, every_answer()).exp()[:, 0] * rewards).sum()
     return torch.autograd.grad(expected, leaf)[0]
 
 
@@ -53,8 +51,8 @@ def test_the_loss_in_expectation_is_minus_the_gradient_of_the_expected_reward() 
     """Over all pairs of answers (K = 2), each weighted by its probability: the baseline biases nothing."""
     answers = every_answer()
     leaf = logits()
-    log_probs = answer_log_probs(leaf, BOXES, answers, 0)[:, 0]
-    rewards = torch.tensor([reward_of(tuple(y[0].tolist())) for y in answers.labels_KBQ])
+    log_probs = answer_log_probs(leaf, answers)[:, 0]
+    rewards = torch.tensor([reward_of(tuple(y[0].tolist())) for y in answers])
     total = torch.zeros_like(leaf)
     for i, j in itertools.product(range(9), repeat=2):
         pair = torch.tensor([i, j])
@@ -65,24 +63,16 @@ def test_the_loss_in_expectation_is_minus_the_gradient_of_the_expected_reward() 
 
 
 def test_log_probs_are_those_of_torch_distributions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    predicted = torch.randn(2, 3, 4), torch.rand(2, 3, 4)
-    answers = sample_answers(*predicted, 5, 0.1, generator)
-    labels = Categorical(logits=predicted[0]).log_prob(answers.labels_KBQ)
-    boxes = Independent(Normal(predicted[1], 0.1), 1).log_prob(answers.boxes_KBQ4)
-    expected = (labels + boxes * (answers.labels_KBQ < 3)).sum(-1)
-    torch.testing.assert_close(answer_log_probs(*predicted, answers, 0.1), expected)
-    torch.testing.assert_close(answer_log_probs(*predicted, answers, 0), labels.sum(-1))
+    predicted = torch.randn(2, 3, 4)
+    answers = sample_answers(predicted, 5, torch.Generator().manual_seed(0))
+    expected = Categorical(logits=predicted).log_prob(answers).sum(-1)
+    torch.testing.assert_close(answer_log_probs(predicted, answers), expected)
 
 
 def test_answers_are_drawn_as_often_as_their_probabilities_say() -> None:
-    generator = torch.Generator().manual_seed(0)
-    answers = sample_answers(logits(), BOXES, 20_000, 0.05, generator)
-    frequencies = torch.stack([(answers.labels_KBQ[:, 0] == c).float().mean(0) for c in range(3)], -1)
+    answers = sample_answers(logits(), 20_000, torch.Generator().manual_seed(0))
+    frequencies = torch.stack([(answers[:, 0] == c).float().mean(0) for c in range(3)], -1)
     torch.testing.assert_close(frequencies, logits()[0].softmax(-1).float(), atol=0.015, rtol=0)
-    torch.testing.assert_close(answers.boxes_KBQ4.mean(0), BOXES, atol=0.002, rtol=0)
-    torch.testing.assert_close(answers.boxes_KBQ4.std(0), torch.full_like(BOXES, 0.05), atol=0.002, rtol=0)
-    assert torch.equal(sample_answers(logits(), BOXES, 3, 0, generator).boxes_KBQ4, BOXES.expand(3, -1, -1, -1))
 
 
 def test_leave_one_out() -> None:
@@ -115,7 +105,7 @@ def tuner(settings: DetrRLConfig) -> DetectorTuner:
 
 def test_tuning_raises_the_reward(detector: Path) -> None:
     """On the four scenes themselves; the detector knows them half."""
-    subject = tuner(config(detector, samples=16, lr=5e-4, box_std=0.01))
+    subject = tuner(config(detector, samples=16, lr=3e-4))
     batch = batches(SceneSource(SCENES, 0, "train"), 0, 4)
     rewards = [subject.update(batch)["train/reward"] for _ in range(80)]
     before, after = np.mean(rewards[:10]), np.mean(rewards[-10:])
@@ -186,7 +176,6 @@ def test_bad_settings(detector: Path) -> None:
     for change, message in [
         ({"samples": 1}, "--samples is 1: a leave-one-out baseline"),
         ({"lr": 0}, "--lr is 0"),
-        ({"box_std": -1}, "--box-std is -1"),
     ]:
         with pytest.raises(UserError, match=message):
             config(detector, **change)
