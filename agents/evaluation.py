@@ -53,7 +53,7 @@ def play_episodes(
 
 def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup", snapshot: Snapshot) -> None:
     """The `evaluate` command: greedy episodes to `eval/...`, sampled ones to `eval/sampled/...`, and each episode to
-    the run's rollouts."""
+    the run's rollouts, where `videos` of them are filmed."""
     metrics: dict[str, float] = {}
     rows = []
     for kind, prefix in [("greedy", "eval"), ("sampled", "eval/sampled")]:
@@ -63,6 +63,10 @@ def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup"
         pairs = zip(played.returns.tolist(), played.lengths.tolist())
         rows += [{"policy": kind, "return": value, "length": length} for value, length in pairs]
     run.record(run.started_from, "evaluation", rows)
+    for number in range(config.videos):
+        seed = derive_seed(run.seed, "video", number)
+        film = workers.call(0, "film", snapshot, seed, timeout_s=config.worker_timeout_s).result()
+        (run.directory / "rollouts" / f"{run.started_from}-{number}.gif").write_bytes(film)
     run.log(run.started_from, metrics)
     run.summarize(metrics)
 

@@ -28,7 +28,7 @@ from agents.vision.dense_scaffold import dense_loss
 from agents.vision.detr_learner import DetrLearner, NetworkConfig
 from benchmarks.record import describe_machine, write_result
 from envs.vision.example import DeviceBatch
-from models.detr.checkpoint import save_detr
+from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import DetrOutput
 from models.seeding import derive_seed
 
@@ -73,6 +73,8 @@ class Config:
     peer: bool = False
     toy: bool = False
     backend: str = "ray"
+    weights: Path | None = None
+    """Folder for the trained detector in half precision, with its figures: what the package brings along."""
     output: Path = Path("benchmarks/results/detr_scenes.json")
 
 
@@ -93,6 +95,9 @@ def main(config: Config) -> None:
     flags = ["--steps", str(steps), "--eval-every", str(max(1, steps // 2 + 1))]
     ours = run(config, runs_dir, "ours", flags, peer=False)
     keep(config, ours, None)
+    if config.weights:
+        save_detr(load_detr(runs_dir / "ours" / "model" / "final"), config.weights, torch.float16)
+        (config.weights / "figures.json").write_text(json.dumps({"command": sys.argv[1:], **ours}, indent=2) + "\n")
     if config.peer:
         keep(config, ours, run(config, runs_dir, "peer", flags, peer=True))
 

@@ -84,7 +84,7 @@ def ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
     for name, theirs in peer.items():
         mine = ours[name.partition(",")[0]]
         for figure in ("tokens_per_s", "peak_gib"):
-            if theirs[figure]:
+            if mine.get(figure) and theirs.get(figure):
                 found[f"{figure}, {name}"] = round(mine[figure] / theirs[figure], 3)
     return found
 
@@ -94,7 +94,18 @@ def machine(device: str) -> str:
 
 
 def measured(config: Config, prepare: Callable[[], tuple[Step, int]]) -> dict[str, Any]:
-    """Tokens per second, peak and resting memory in GiB (of a GPU), trained parameters, and the first loss."""
+    """The figures of one way to train, after what the one before it held is given back."""
+    gc.collect()
+    if config.device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return figures_of(config, prepare)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+
+
+def figures_of(config: Config, prepare: Callable[[], tuple[Step, int]]) -> dict[str, Any]:
+    """Tokens per second, peak and resting memory in GiB (of a GPU), trained parameters, first and last loss."""
     gpu = config.device == "cuda"
     step, trained = prepare()
     losses, times = [], []
@@ -104,7 +115,7 @@ def measured(config: Config, prepare: Callable[[], tuple[Step, int]]) -> dict[st
         begin = time.perf_counter()
         losses.append(step())  # reads the loss, so the device has finished
         times.append(time.perf_counter() - begin)
-    figures = {
+    return {
         "tokens_per_s": round(config.sequences * config.length / median(times[WARM_UP:])),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else 0.0,
         "resting_gib": round(torch.cuda.memory_allocated() / 2**30, 2) if gpu else 0.0,
@@ -112,11 +123,6 @@ def measured(config: Config, prepare: Callable[[], tuple[Step, int]]) -> dict[st
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
     }
-    del step
-    gc.collect()
-    if gpu:
-        torch.cuda.empty_cache()
-    return figures
 
 
 def our_step(config: Config, shape: LanguageConfig, kind: str) -> tuple[Step, int]:

@@ -4,6 +4,7 @@ longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--seeds N] [--any.conf
 longstride evaluate RUN_OR_CHECKPOINT [--any.config.field value]
 longstride resume RUN
 longstride runs
+longstride inspect CONFIG_OR_MODEL_FOLDER [--depth N] [--width N] [--vary FIELD=VALUE,VALUE] [...]
 longstride doctor
 
 RUN is the name of a run under --runs-dir, the path of a run directory, or `latest`. `longstride train JOB --help`
@@ -142,6 +143,14 @@ def runs(arguments: Sequence[str]) -> int:
     return 0
 
 
+def inspect(arguments: Sequence[str]) -> int:
+    target, flags = _positional("inspect", "CONFIG_OR_MODEL_FOLDER", arguments)
+    from launch.inspection import InspectOptions, run
+
+    combined = combine("Inspect", options=InspectOptions)
+    return run(target, parse(combined, flags, source="inspect", prog="longstride inspect CONFIG").options)
+
+
 def doctor(arguments: Sequence[str]) -> int:
     from launch.doctor import report
 
@@ -153,6 +162,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "resume": resume,
     "runs": runs,
+    "inspect": inspect,
     "doctor": doctor,
 }
 

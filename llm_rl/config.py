@@ -14,7 +14,13 @@ class PolicyConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
+    # One kind for each layer; docs/attention.md lists them, and which of the next five fields each kind reads.
     layer_types: tuple[str, ...] = ("linear_attention", "full_attention", "linear_attention", "full_attention")
+    sliding_window: int = 256
+    sparse_stride: int = 64
+    sparse_summary: int = 8
+    performer_features: int = 64
+    gau_chunk_size: int = 256
     intermediate_size: int = 0  # 0: every MLP is a mixture of experts
     num_experts: int = 8
     num_experts_per_tok: int = 2

@@ -30,15 +30,33 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
     """Train a tokenizer on the problems and write a policy with random weights beside it."""
     texts = [text for p in problems for text in (p.prompt, p.solution or p.answer)]
     tokenizer = train_tokenizer(texts, config.vocab_size)
+    language = language_config(
+        config, max(config.vocab_size, len(tokenizer)), (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    )
+    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(target)
+    save_pretrained(model, target)
+
+
+def language_config(
+    config: PolicyConfig, vocab_size: int, eos: tuple[int, ...] = (), pad: int | None = None
+) -> LanguageConfig:
+    """The shape of a policy made from scratch, not yet validated."""
     dense, standard = config.intermediate_size > 0, config.parametrization == "standard"
-    language = LanguageConfig(
-        vocab_size=max(config.vocab_size, len(tokenizer)),
+    return LanguageConfig(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=len(config.layer_types),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         layer_types=config.layer_types,
+        sliding_window=config.sliding_window,
+        sparse_stride=config.sparse_stride,
+        sparse_summary=config.sparse_summary,
+        performer_features=config.performer_features,
+        gau_chunk_size=config.gau_chunk_size,
         intermediate_size=config.intermediate_size or config.moe_intermediate_size,
         num_experts=0 if dense else config.num_experts,
         num_experts_per_tok=config.num_experts_per_tok,
@@ -63,10 +81,6 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
         initializer_range=(config.hidden_size if standard else config.base_hidden_size) ** -0.5,
         parametrization=config.parametrization,
         base_hidden_size=config.base_hidden_size,
-        eos_token_id=(tokenizer.eos_token_id,),
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
-    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(target)
-    save_pretrained(model, target)

@@ -185,7 +185,9 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
         parameters = len(policy.layer_types) * (mixer + feed_forward) + policy.vocab_size * policy.hidden_size
     gib = parameters / 2**30
     wide = learner.dtype == "bfloat16"
-    learner_gib = gib * ((2 + 2 + 16) if wide else 16)  # weights, gradients, float32 masters and moments
+    learner_gib = gib * (2 if wide else 4)
+    if not config.rl.lora.rank or (config.sft.steps and not config.sft.lora.rank):
+        learner_gib += gib * (18 if wide else 12)  # gradients, float32 masters and moments; of adapters next to nothing
     engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
         ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),

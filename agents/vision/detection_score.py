@@ -1,6 +1,6 @@
 """How well a detector does on held-out images: COCO's AP on things, panoptic quality if it has masks."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from envs.vision.panoptic_quality import PanopticQuality
 from envs.vision.sources import Source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.detr import Detr, DetrOutput
-from models.detr.postprocess import Detections, Panoptic, detections, panoptic
+from models.detr.postprocess import Detections, Panoptic, detections, panoptic, without
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
@@ -32,12 +32,11 @@ def evaluate_detector(
     answers: list[float] = []
     number = 0
     for batch in batches:
-        there = batch.to_device(device)
-        output = _on_cpu(model(there.images_BCHW, there.valid_BHW))
+        output = _answer(model, batch, device)
         numbers = range(number, number + len(batch.sizes_B2))
         number = numbers.stop
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
-            records += detection_records(i, _things(found, source), source.category_ids)
+            records += detection_records(i, without(found, source.stuff), source.category_ids)
         answers += answer_qualities(output, batch, source.stuff)
         if output.masks_BQHW is not None and batch.ids_BHW is not None:
             _score_masks(quality, batch, output, source)
@@ -62,14 +61,20 @@ def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -
     return qualities
 
 
-def _on_cpu(output: DetrOutput) -> DetrOutput:
+@torch.no_grad()
+def detect(
+    model: Detr, batch: Batch, sizes: Sequence[tuple[int, int]], device: str, threshold: float
+) -> list[Detections]:
+    """What a model finds in a batch, on the CPU; boxes in the pixels of images of these (height, width)."""
+    return detections(_answer(model.eval(), batch, device), sizes, threshold)
+
+
+def _answer(model: Detr, batch: Batch, device: str) -> DetrOutput:
+    """The last layer's predictions, on the CPU."""
+    there = batch.to_device(device)
+    output = model(there.images_BCHW, there.valid_BHW)
     masks = None if output.masks_BQHW is None else output.masks_BQHW.float().cpu()
     return DetrOutput(output.logits_LBQC[-1:].float().cpu(), output.boxes_LBQ4[-1:].float().cpu(), masks)
-
-
-def _things(found: Detections, source: Source) -> Detections:
-    kept = torch.tensor([label not in source.stuff for label in found.labels.tolist()], dtype=torch.bool)
-    return Detections(found.scores[kept], found.labels[kept], found.boxes[kept], found.queries[kept])
 
 
 def _score_masks(quality: PanopticQuality, batch: Batch, output: DetrOutput, source: Source) -> None:

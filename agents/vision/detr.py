@@ -10,16 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agents.vision.detection_score import evaluate_detector
+import numpy as np
+
+from agents.vision.detection_score import detect, evaluate_detector
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
+from agents.vision.pictures import with_boxes
 from agents.vision.prefetch import in_order
 from envs.vision.sources import BatchLoader, DataConfig, make_source
 from models.detr.checkpoint import save_detr
 from models.detr.loss import SetLossConfig
+from models.detr.postprocess import without
 from models.errors import UserError
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
+
+SHOWN = 16  # held-out images drawn with their boxes at each evaluation
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def train(config: DetrJobConfig, run: "Run") -> None:
             run.log(step, metrics, config.steps)
             clock, waited = time.perf_counter(), 0.0
         if step % config.eval_every == 0 or step == config.steps:
+            show(config, learner, loaders, run)
             figures = evaluation(config, learner, loaders, run)
             run.log(step, figures, config.steps)
             run.summarize(figures)
@@ -97,6 +104,17 @@ def make_learner(config: DetrJobConfig, names: tuple[str, ...], run: "Run") -> D
 def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
     arguments = config.data, run.seed, config.batch_size, config.network.masks
     return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
+
+
+def show(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", run: "Run") -> None:
+    """Draw what is found in the first held-out images."""
+    source = make_source(config.data, run.seed, heldout=True)
+    count = min(SHOWN, len(source))
+    batch = loaders.call(0, "heldout_batch", 0, count, timeout_s=config.loader_timeout_s).result()
+    found = detect(learner.averaged, batch, [(int(h), int(w)) for h, w in batch.sizes_B2], run.device, threshold=0.5)
+    things = [without(d, source.stuff) for d in found]
+    pictures = [with_boxes(image, d, source.names) for image, d in zip(batch.images_BHWC, things)]
+    run.images(learner.step, "heldout/boxes", np.stack(pictures))
 
 
 def evaluation(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", run: "Run") -> dict[str, float]:

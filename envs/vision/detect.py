@@ -33,8 +33,8 @@ from envs.vision.box_quality import box_ious, box_quality
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
 from models.detr.checkpoint import load_detr
-from models.detr.detr import normalise_images
-from models.detr.postprocess import Detections, detections
+from models.detr.detr import DetrOutput, normalise_images
+from models.detr.postprocess import Detections, detections, without
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -72,14 +72,8 @@ class DetrEye:
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> list[Detections]:
         output = self.model(normalise_images(images_BHWC.to(self.device)))
-        found = detections(output, [(EYE, EYE)] * len(images_BHWC), self.threshold)
-        return [_things(d) for d in found]
-
-
-def _things(found: Detections) -> Detections:
-    kept = torch.tensor([label not in STUFF for label in found.labels.tolist()], dtype=torch.bool)
-    scores, labels, boxes, queries = (x.cpu()[kept] for x in (found.scores, found.labels, found.boxes, found.queries))
-    return Detections(scores, labels, boxes, queries)
+        last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
+        return [without(d, STUFF) for d in detections(last, [(EYE, EYE)] * len(images_BHWC), self.threshold)]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_rl import weights
 from llm_rl.generator import Adapter, Completion, SamplingConfig, context_length, require_context
-from llm_rl.vllm_engine.adapters import ADAPTER_FAMILIES, AdapterShelf
+from llm_rl.vllm_engine.adapters import ADAPTER_FAMILIES, ServedAdapter
 from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
@@ -64,7 +64,7 @@ class VLLMGenerator:
         _set_environment(device)
         vllm = _import_vllm(device)
         self.version = version
-        self._adapters = AdapterShelf(adapter_rank) if adapter_rank else None
+        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
         self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16
@@ -87,7 +87,7 @@ class VLLMGenerator:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=seed,
-                **(self._adapters.engine_settings() if self._adapters else {}),
+                **(self._adapter.engine_settings() if self._adapter else {}),
             )
         except ValueError as error:  # vLLM's word for settings that cannot work
             reason = " ".join(str(error).split())
@@ -111,7 +111,7 @@ class VLLMGenerator:
             detokenize=False,
         )
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        request = self._adapters.request if self._adapters else None
+        request = self._adapter.request if self._adapter else None
         outputs = self._engine.generate(requests, parameters, use_tqdm=False, lora_request=request)
         return [
             [self._completion(sample, len(prompt)) for sample in output.outputs]
@@ -137,9 +137,9 @@ class VLLMGenerator:
         self.version = version
 
     def load_adapter(self, adapter: Adapter, version: int) -> None:
-        if self._adapters is None:
+        if self._adapter is None:
             raise ValueError("the engine was started without an adapter_rank")
-        self._engine.llm_engine.add_lora(self._adapters.put(adapter))
+        self._adapter.replace(adapter, self._engine.llm_engine)
         self.version = version
 
     def _with_head(self, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -152,8 +152,6 @@ class VLLMGenerator:
     def close(self) -> None:
         self._engine.llm_engine.engine_core.shutdown()
         del self._engine
-        if self._adapters:
-            self._adapters.close()
 
 
 def _set_environment(device: str) -> None:

@@ -188,7 +188,8 @@ class Body(nn.Module):
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         for layer in self.layers:
             x_TD = layer(positions, x_TD)
-        return self.norm(x_TD) * self.head_multiplier
+        x_TD = self.norm(x_TD)
+        return x_TD if self.head_multiplier == 1.0 else x_TD * self.head_multiplier
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):

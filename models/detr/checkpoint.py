@@ -60,7 +60,7 @@ def fill(model: Detr, named: Iterable[tuple[str, Tensor]], source: str) -> None:
         raise UserError(f"{source}: tensor {min(waiting)} is missing ({len(waiting)} in all); is the file whole?")
 
 
-def save_detr(model: Detr, folder: str | Path) -> None:
+def save_detr(model: Detr, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that `DetrForObjectDetection.from_pretrained` (`DetrForSegmentation`) loads, without timm.
 
     Raises UserError if the folder cannot be written, or the backbone is one that transformers' own ResNet cannot be.
@@ -71,10 +71,10 @@ def save_detr(model: Detr, folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "model.safetensors.part"
-        whole = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()}
+        whole = {name: tensor.detach().cpu().to(dtype).contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, part, metadata={"format": "pt"})
         part.replace(folder / "model.safetensors")
-        write_json(folder / "config.json", {**content, "dtype": "float32"})
+        write_json(folder / "config.json", {**content, "dtype": str(dtype).removeprefix("torch.")})
         write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -92,7 +92,11 @@ class Detr(nn.Module):
         if self.config.mask_head:
             attention_BQNK = self.bbox_attention(hidden_LBQD[-1], memory_BKD, valid_BK)
             masks_BQHW = self.mask_head(x_BDHW, attention_BQNK.unflatten(-1, (rows, columns)), features[2::-1])
-        return DetrOutput(self.class_embed(hidden_LBQD), self.bbox_embed(hidden_LBQD).sigmoid(), masks_BQHW)
+        # Never in lower precision than the weights: a box in bfloat16 is good to half a pixel in 128.
+        with torch.autocast(hidden_LBQD.device.type, enabled=False):
+            hidden_LBQD = hidden_LBQD.to(self.class_embed.weight.dtype)
+            logits_LBQC, boxes_LBQ4 = self.class_embed(hidden_LBQD), self.bbox_embed(hidden_LBQD).sigmoid()
+        return DetrOutput(logits_LBQC, boxes_LBQ4, masks_BQHW)
 
 
 def normalise_images(images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -54,6 +54,13 @@ def detections(output: DetrOutput, sizes: Sequence[tuple[int, int]], threshold: 
     return found
 
 
+def without(found: Detections, labels: Collection[int]) -> Detections:
+    """The detections but those of certain labels (of stuff, say)."""
+    kept = torch.tensor([label not in labels for label in found.labels.tolist()], dtype=torch.bool)
+    kept = kept.to(found.labels.device)
+    return Detections(found.scores[kept], found.labels[kept], found.boxes[kept], found.queries[kept])
+
+
 def panoptic(
     output: DetrOutput,
     sizes: Sequence[tuple[int, int]],

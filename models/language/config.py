@@ -14,6 +14,10 @@ MIXER_KINDS = (
     "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
     "gated_attention_unit",
 )  # fmt: skip
+# transformers refuses names that it does not know, and vLLM counts layers by them. So `layer_types` of a config.json
+# says what a layer keeps of the past (keys and values, a window of them, or a state), and `mixer_kinds` its kind.
+STANDARD_KINDS = {kind: "linear_attention" for kind in MIXER_KINDS if not kind.startswith(("full", "sliding"))}
+STANDARD_KINDS |= {"strided_attention": "full_attention", "fixed_attention": "full_attention"}
 BIDIRECTIONAL_KINDS = ("linformer_attention", "nystromformer_attention")  # modules, but not for a causal policy
 
 NORM_TYPES = ("rms_norm", "layer_norm")
@@ -282,7 +286,7 @@ class LanguageConfig:
             values["head_dim"] = 128 if str(model_type).startswith("qwen3") else config["hidden_size"] // max(heads, 1)
         if config.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
-        values["layer_types"] = tuple(config.get("layer_types") or ())
+        values["layer_types"] = tuple(config.get("mixer_kinds") or config.get("layer_types") or ())
         if model_type == "qwen3" and config.get("use_sliding_window"):
             if not config.get("sliding_window"):
                 raise UserError(f"{source}: use_sliding_window is set, but sliding_window is missing")
@@ -309,7 +313,10 @@ class LanguageConfig:
             if len(self.eos_token_id) == 1
             else [*self.eos_token_id]
         )
-        values["layer_types"] = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
+        kinds = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
+        values["layer_types"] = [STANDARD_KINDS.get(kind, kind) for kind in kinds]
+        if values["layer_types"] != kinds:
+            values["mixer_kinds"] = kinds
         values["mlp_only_layers"] = list(self.mlp_only_layers)
         family = FAMILIES[self.model_type]
         if self.model_type != "longstride":

@@ -184,6 +184,19 @@ def test_what_we_save_transformers_loads(mask_head: bool, num_labels: int, batch
     assert load_detr(tmp_path / "again").config == config
 
 
+def test_half_precision_on_disk(box_peer: Any, batch: Batch, tmp_path: Path) -> None:
+    box_peer.save_pretrained(tmp_path / "whole")
+    model = load_detr(tmp_path / "whole")
+    save_detr(model, tmp_path / "half", torch.float16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    again = load_detr(tmp_path / "half")
+    assert again.class_embed.weight.dtype == torch.float32
+    with torch.no_grad():
+        difference = (again(*batch).boxes_BQ4 - model(*batch).boxes_BQ4).abs().max()
+    assert 0 < difference < 0.02
+
+
 class Malice:
     def __reduce__(self) -> Any:
         return print, ("executed",)

@@ -104,3 +104,12 @@ def test_shapes_that_cannot_be(change: dict, message: str) -> None:
         DetrConfig(**change)
     with pytest.raises(UserError, match="one positive depth"):
         ResNetConfig(depths=(1,), hidden_sizes=(8, 8))
+
+
+def test_autocast_leaves_the_heads_in_float32() -> None:
+    torch.manual_seed(0)
+    model, images = Detr(SMALL).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    assert output.boxes_LBQ4.dtype == output.logits_LBQC.dtype == torch.float32
+    torch.testing.assert_close(output.boxes_BQ4, model(images).boxes_BQ4, atol=0.02, rtol=0)

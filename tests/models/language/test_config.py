@@ -1,6 +1,8 @@
 """Configurations: what they refuse, and what other software understands of them."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import (
     Glm4MoeConfig,
     LlamaConfig,
     MixtralConfig,
+    PreTrainedConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -172,6 +175,17 @@ def test_defaults_of_transformers_are_ours(kind: type, fields: dict) -> None:
 def test_folders_that_cannot_be_run(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LanguageConfig.from_hf(fields)
+
+
+def test_transformers_meets_only_layer_types_that_it_knows(tmp_path: Path) -> None:
+    """AutoTokenizer, for one, reads config.json without knowing our model type."""
+    for config in (SPARSE, RECURRENT, HYBRID):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+        assert PreTrainedConfig.from_pretrained(tmp_path).num_hidden_layers == config.num_hidden_layers
+    assert SPARSE.to_hf()["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
+    assert set(RECURRENT.to_hf()["layer_types"]) == {"linear_attention"}
+    assert LanguageConfig.from_hf(RECURRENT.to_hf()).layer_types == RECURRENT.layer_types
+    assert "mixer_kinds" not in HYBRID.to_hf()
 
 
 def test_configs_of_transformers_4() -> None:
