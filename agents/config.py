@@ -28,6 +28,8 @@ class ControlConfig:
     """An environment that takes longer over one step ends the run."""
     worker_timeout_s: float = 120.0
     """A call that takes a worker longer ends the worker, and is repeated by a new one."""
+    videos: int = 0
+    """Episodes that `longstride evaluate` films, as GIF files in the run's rollouts."""
 
     may_be_zero: ClassVar[frozenset[str]] = frozenset()
     """Names of settings that may be 0; any other number must be positive."""
@@ -41,9 +43,10 @@ class ControlConfig:
                 raise UserError(f"{flag}: widths must be positive")
             if isinstance(value, bool) or not isinstance(value, int | float) or name in self.any_number:
                 continue
-            if name in self.may_be_zero and value < 0:
+            zero = name in self.may_be_zero or name == "videos"
+            if zero and value < 0:
                 raise UserError(f"{flag}: must not be negative")
-            if name not in self.may_be_zero and value <= 0:
+            if not zero and value <= 0:
                 raise UserError(f"{flag}: must be positive")
             if name in self.at_most_one and value > 1:
                 raise UserError(f"{flag}: must be at most 1")

@@ -7,6 +7,7 @@ import numpy as np
 
 from agents.config import ControlConfig
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, call_each
+from agents.statistics import bootstrap_interval
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from launch.run import ActorGroup, Run
     from models.control.numpy_policies import NumpyPolicy
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,6 @@ class Evaluation:
             f"{prefix}/return_ci95_high": high,
             f"{prefix}/length_mean": float(self.lengths.mean()),
         }
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of `values` (E,): Efron's percentile bootstrap, always with the same resamples."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def start_workers(config: ControlConfig, run: "Run", policy: "Callable[[np.ndarray], NumpyPolicy]") -> "ActorGroup":
@@ -62,7 +53,7 @@ def play_episodes(
 
 def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup", snapshot: Snapshot) -> None:
     """The `evaluate` command: greedy episodes to `eval/...`, sampled ones to `eval/sampled/...`, and each episode to
-    the run's rollouts."""
+    the run's rollouts, where `videos` of them are filmed."""
     metrics: dict[str, float] = {}
     rows = []
     for kind, prefix in [("greedy", "eval"), ("sampled", "eval/sampled")]:
@@ -72,6 +63,10 @@ def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup"
         pairs = zip(played.returns.tolist(), played.lengths.tolist())
         rows += [{"policy": kind, "return": value, "length": length} for value, length in pairs]
     run.record(run.started_from, "evaluation", rows)
+    for number in range(config.videos):
+        seed = derive_seed(run.seed, "video", number)
+        film = workers.call(0, "film", snapshot, seed, timeout_s=config.worker_timeout_s).result()
+        (run.directory / "rollouts" / f"{run.started_from}-{number}.gif").write_bytes(film)
     run.log(run.started_from, metrics)
     run.summarize(metrics)
 

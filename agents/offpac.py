@@ -29,7 +29,7 @@ import torch
 from agents import on_policy
 from agents.evaluation import play_episodes, start_workers
 from agents.moments import Moments
-from agents.on_policy import Learner, OnPolicyConfig, descend, initial_weights, make_policy
+from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.pipeline import Pipeline
 from agents.rollout import Fragment, Snapshot
 from agents.vtrace import vtrace
@@ -115,10 +115,7 @@ class OffPAC(Learner):
             policy = make_policy(config, self.spaces)
             self.critic = ValueFunction(self.spaces.observation_size, config.hidden, config.activation)
         self.networks = {"policy": policy, "critic": self.critic}
-        self.optimizers = {
-            "policy": torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-5, fused=True),
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, eps=1e-5, fused=True),
-        }
+        self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.critic_lr))}
         self.calls = 0  # of the workers so far
         self.kept: deque[Fragment] = deque(maxlen=config.kept_fragments)
 
@@ -128,8 +125,6 @@ class OffPAC(Learner):
         return self.snapshot(), self.config.n_steps, self.calls, restart
 
     def update(self, fragment: Fragment) -> dict[str, float]:
-        self.optimizers["policy"].param_groups[0]["lr"] = self.rate(self.config.lr)
-        self.optimizers["critic"].param_groups[0]["lr"] = self.rate(self.config.critic_lr)
         metrics = self.update_on(fragment) | {"train/policy_lag": float(self.round - fragment.versions.mean())}
         rng = np.random.default_rng(derive_seed(self.seed, "replays", self.round))
         for older in rng.integers(len(self.kept), size=self.config.replays) if self.kept else ():
@@ -151,14 +146,14 @@ class OffPAC(Learner):
             log_ratios_TN, fragment.rewards, values_TN.detach().numpy(), *flags, config.gamma, config.gae_lambda, *cut
         )
         value_loss = (values_TN[:-1] - torch.from_numpy(found.values))[valid].square().mean()
-        descend(self.optimizers["critic"], value_loss, config.max_grad_norm)
 
         # Scaled but not centred: a constant baseline has mean zero only if it, too, is multiplied by ρ.
         advantages = torch.from_numpy(found.advantages)[valid]
         advantages = advantages / (advantages.square().mean().sqrt() + 1e-8)
         policy_loss = -(advantages * log_probs_TN[valid]).mean()
         entropy = pi.entropy()[valid].mean()
-        descend(self.optimizers["policy"], policy_loss - config.ent_coef * entropy, config.max_grad_norm)
+        loss = policy_loss - config.ent_coef * entropy + value_loss  # the networks share nothing
+        descend(self.optimizers["adam"], loss, config.max_grad_norm)
         return {
             "train/policy_loss": policy_loss.item(),
             "train/value_loss": value_loss.item(),

@@ -188,6 +188,12 @@ class RolloutWorker:
             env.close()
         return np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
 
+    def film(self, snapshot: Snapshot, seed: int) -> bytes:
+        """One greedy episode as an animated GIF."""
+        from agents.video import film_episode
+
+        return film_episode(self.config, snapshot, seed)
+
     def _seed(self, purpose: str, round: int) -> int:
         return derive_seed(self.config.seed, purpose, self.index, round)
 

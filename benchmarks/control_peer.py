@@ -33,6 +33,7 @@ THRESHOLDS = {
     "Pendulum-v1": -250,
     "MountainCarContinuous-v0": 90,
     "LunarLander-v3": 100,
+    "LunarLanderContinuous-v3": 100,
     "HalfCheetah-v5": 1500,
     "Hopper-v5": 1000,
     "Walker2d-v5": 1000,

@@ -65,7 +65,7 @@ class Config:
     warmup: int = 40
     redraw_every: int = 100  # steps between new random features of Performer layers
     seed: int = 0
-    budget_s: float = 300.0  # start no model after this
+    budget_s: float = 270.0  # start no model after this
     output: Path = Path("benchmarks/results/language_curves.json")
     plot: Path = Path("docs/images/language_curves.png")
     plot_only: bool = False

@@ -35,8 +35,12 @@ TRPO_MUJOCO = {
     "learning_rate": 1e-3,
 }
 A2C_MUJOCO = {"n_envs": 1, "normalize": True}
+NET_400_300 = {"learning_rate": 1e-3, "policy_kwargs": {"net_arch": [400, 300]}}
+DDPG_ZOO = {"n_envs": 1, "batch_size": 256, "learning_starts": 10_000, "noise_std": 0.1, **NET_400_300}
+DDPG_CLASSIC = {**DDPG_ZOO, "gamma": 0.98, "buffer_size": 200_000}
 
-# n_envs and normalize (VecNormalize of observations and rewards) are RL Zoo's; the rest are arguments of the algorithm.
+# n_envs, normalize (VecNormalize of observations and rewards), noise_std (Gaussian) and ou_noise_std are RL Zoo's; the
+# rest are arguments of the algorithm.
 # What RL Zoo does not tune for an environment runs with the library's defaults.
 ZOO: dict[tuple[str, str], dict[str, Any]] = {
     ("a2c", "CartPole-v1"): {"n_envs": 8, "ent_coef": 0.0},
@@ -72,6 +76,12 @@ ZOO: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("ppo", "Pendulum-v1"): {"n_envs": 4, "n_steps": 1024, "gamma": 0.9, "learning_rate": 1e-3, **SDE},
     **{("trpo", f"{name}-v5"): TRPO_MUJOCO for name in ("Hopper", "Walker2d", "Reacher", "Ant")},
+    **{(algo, "Pendulum-v1"): DDPG_CLASSIC for algo in ("ddpg", "td3")},
+    ("sac", "Pendulum-v1"): {"n_envs": 1, "learning_rate": 1e-3},
+    ("ddpg", "LunarLanderContinuous-v3"): DDPG_CLASSIC,
+    ("ddpg", "MountainCarContinuous-v0"): {"n_envs": 1, "ou_noise_std": 0.5, **NET_400_300},
+    ("ddpg", "Swimmer-v5"): {**DDPG_ZOO, "gamma": 0.9999},
+    **{("ddpg", f"{name}-v5"): DDPG_ZOO for name in ("HalfCheetah", "Hopper", "Walker2d", "Reacher")},
     **{("a2c", f"{name}-v5"): A2C_MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Reacher", "Ant")},
 }  # fmt: skip
 
@@ -92,6 +102,7 @@ def main(config: Config) -> None:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
     from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
     process_began = psutil.Process().create_time()
@@ -99,6 +110,10 @@ def main(config: Config) -> None:
     env: VecEnv = make_vec_env(config.env, n_envs=settings.pop("n_envs"), seed=config.seed)
     if settings.pop("normalize", False):
         env = VecNormalize(env, gamma=settings.get("gamma", 0.99))
+    for name, noise in (("noise_std", NormalActionNoise), ("ou_noise_std", OrnsteinUhlenbeckActionNoise)):
+        if name in settings:
+            size = env.action_space.shape[0]
+            settings["action_noise"] = noise(np.zeros(size), settings.pop(name) * np.ones(size))
     package = sb3_contrib if config.algo == "trpo" else stable_baselines3
     model = getattr(package, config.algo.upper())("MlpPolicy", env, seed=config.seed, device="cpu", **settings)
 

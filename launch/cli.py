@@ -1,9 +1,10 @@
 """The `longstride` command.
 
-longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--any.config.field value]
+longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--seeds N] [--any.config.field value]
 longstride evaluate RUN_OR_CHECKPOINT [--any.config.field value]
 longstride resume RUN
 longstride runs
+longstride inspect CONFIG_OR_MODEL_FOLDER [--depth N] [--width N] [--vary FIELD=VALUE,VALUE] [...]
 longstride doctor
 
 RUN is the name of a run under --runs-dir, the path of a run directory, or `latest`. `longstride train JOB --help`
@@ -68,6 +69,11 @@ def train(arguments: Sequence[str]) -> int:
         return 0
     trainer = job.trainer()
     entries["name"] = config.run.name or _free_name(config.run.runs_dir, name)
+    if config.options.seeds > 1:
+        from launch.seeds import train_seeds
+
+        seeds = range(config.run.seed, config.run.seed + config.options.seeds)
+        return train_seeds(name, entries, entries["name"], seeds, config.options.seeds_at_once)
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
     try:
         return _run(name, trainer, config, directory, None)
@@ -137,6 +143,14 @@ def runs(arguments: Sequence[str]) -> int:
     return 0
 
 
+def inspect(arguments: Sequence[str]) -> int:
+    target, flags = _positional("inspect", "CONFIG_OR_MODEL_FOLDER", arguments)
+    from launch.inspection import InspectOptions, run
+
+    combined = combine("Inspect", options=InspectOptions)
+    return run(target, parse(combined, flags, source="inspect", prog="longstride inspect CONFIG").options)
+
+
 def doctor(arguments: Sequence[str]) -> int:
     from launch.doctor import report
 
@@ -148,6 +162,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "resume": resume,
     "runs": runs,
+    "inspect": inspect,
     "doctor": doctor,
 }
 

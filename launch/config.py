@@ -53,6 +53,13 @@ class TrainOptions:
     """YAML file, or the name of a recipe that comes with longstride."""
     dry_run: bool = False
     """Print the resolved configuration and the placement plan, and stop."""
+    seeds: int = 1
+    """Train this many seeds, from --seed on, each as a run of its own below runs/<name>/, and aggregate them."""
+    seeds_at_once: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.seeds_at_once) < 1:
+            raise UserError("--seeds and --seeds-at-once must be at least 1")
 
 
 def combine(title: str, **parts: type) -> type:
@@ -134,10 +141,11 @@ def _sentence(box: str) -> str:
     return re.sub(r"^Error parsing ", "", sections[0 if "╭" in box else 1])
 
 
-def read_recipe(name: str, job: str) -> dict[str, Any]:
+def read_recipe(name: str, job: str | None) -> dict[str, Any]:
     """Read a recipe file, or one that comes with longstride; return its entries without `job`.
 
-    Raises UserError if there is none of that name, if it is not a YAML mapping, or is written for another job.
+    With job None it may be written for any, and `job` stays among the entries if it is there. Raises UserError if
+    there is none of that name, if it is not a YAML mapping, or is written for another job.
     """
     path = Path(name)
     if not path.is_file():
@@ -152,6 +160,8 @@ def read_recipe(name: str, job: str) -> dict[str, Any]:
         raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path} is not a recipe: it must hold `key: value` lines")
+    if job is None:
+        return entries
     written_for = entries.pop("job", job)
     if written_for != job:
         raise UserError(f"{path} is a recipe for the job {written_for}: run `longstride train {written_for}`")

@@ -19,7 +19,7 @@ def execute(function: Callable[[Any, Any], None], config: Any, run: Runtime) -> 
     Ctrl-C and SIGTERM end the job in order (status interrupted, exit code 130); a second one ends it at once.
     Any other exception passes on after the status `failed` is written.
     """
-    with _interruptible():
+    with interruptible():
         try:
             function(config, run)
             run.finish("finished")
@@ -42,7 +42,7 @@ def _settle_failure(run: Runtime) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Within, the first SIGINT or SIGTERM raises KeyboardInterrupt; from then on each ends the process at once."""
 
     def at_once(signum: int, frame: FrameType | None) -> None:

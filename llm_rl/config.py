@@ -14,7 +14,13 @@ class PolicyConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
+    # One kind for each layer; docs/attention.md lists them, and which of the next five fields each kind reads.
     layer_types: tuple[str, ...] = ("linear_attention", "full_attention", "linear_attention", "full_attention")
+    sliding_window: int = 256
+    sparse_stride: int = 64
+    sparse_summary: int = 8
+    performer_features: int = 64
+    gau_chunk_size: int = 256
     intermediate_size: int = 0  # 0: every MLP is a mixture of experts
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -29,6 +35,15 @@ class PolicyConfig:
     expert_capacity_factor: float | None = None  # in SFT, drop what an expert has no room for; None: drop nothing
     max_position_embeddings: int = 1024
     tie_word_embeddings: bool = True
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_placement: Literal["pre", "post", "sandwich", "deepnorm", "none"] = "pre"
+    attention_scaling: Literal["sqrt", "inverse", "none"] = "sqrt"  # q · k / √head_dim, q · k / head_dim, q · k
+    log_n_from: int = 0  # attention logits times log n / log this beyond this many tokens; 0: never
+    initializer: Literal["truncated_normal", "xavier", "he", "lecun", "orthogonal", "t5", "deepnorm", "fixup"] = (
+        "truncated_normal"
+    )
+    parametrization: Literal["standard", "ntk", "mup"] = "standard"  # what follows the width, and how
+    base_hidden_size: int = 128  # the width at which "mup" and "ntk" are "standard"
 
 
 @dataclass
@@ -42,6 +57,8 @@ class LoRASettings:
     use_dora: bool = False  # train the length of each row apart from its direction
     init: Literal["uniform", "pissa"] = "uniform"  # pissa: from the weights' first singular vectors
     b_lr_ratio: float = 1.0  # LoRA+: learning rate of B over that of A
+    # What the workers get at each sync. merged: whole weights. adapter: it alone, beside the weights of --model.
+    serve: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass

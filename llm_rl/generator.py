@@ -33,6 +33,14 @@ class Completion:
     experts: np.ndarray | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter in PEFT's format: the content of adapter_config.json and of adapter_model.safetensors."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Any]  # name → array, as `llm_rl.weights.export` writes them
+
+
 class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int
@@ -43,6 +51,12 @@ class Generator(Protocol):
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         """Replace the weights in place. named: checkpoint name → array, as `llm_rl.weights.export` writes them."""
+        ...
+
+    def load_adapter(self, adapter: Adapter, version: int) -> None:
+        """Sample from the folder's weights with this adapter from now on, in the place of the one before.
+
+        Only for generators made with an `adapter_rank`."""
         ...
 
     def close(self) -> None: ...

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
 from llm_rl.config import LearnerConfig, LoRASettings, RLConfig
+from llm_rl.generator import Adapter
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
 from llm_rl.optimizer import MasterAdamW
@@ -27,8 +28,9 @@ from models.language.balancing import (
     update_selection_bias,
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
-from models.language.lora import LoraConfig, adapter_names, attach, fold, learning_rate_ratios
-from models.language.peft_folder import save_adapter
+from models.language.lora import LoraConfig, adapter_names, attach, checked_targets, fold, learning_rate_ratios
+from models.language.parametrisation import learning_rate_multipliers
+from models.language.peft_folder import adapter_settings, adapter_tensors, save_adapter
 from models.language.router import RouterTrace
 
 
@@ -42,16 +44,19 @@ class Learner:
 
     def _optimizer(self, lr_multipliers: Mapping[str, float] | None = None) -> MasterAdamW:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        config = self.config
-        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, lr_multipliers)
+        config, multipliers = self.config, learning_rate_multipliers(self.model) | dict(lr_multipliers or {})
+        return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, multipliers)
+
+    def check_lora(self, settings: LoRASettings) -> None:
+        """Raises UserError for what `attach_lora` would refuse, which may be hours later."""
+        if settings.rank:
+            checked_targets(self.model, lora_config(settings))
+            learning_rate_ratios(self.model, settings.b_lr_ratio)
 
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
         if settings.rank:
-            config = LoraConfig(
-                settings.rank, settings.alpha, settings.targets, settings.use_rslora, settings.use_dora, settings.init
-            )
-            attach(self.model, config, seed)
+            attach(self.model, lora_config(settings), seed)
             self.optimizer = self._optimizer(learning_rate_ratios(self.model, settings.b_lr_ratio))
 
     def fold_lora(self) -> None:
@@ -179,6 +184,10 @@ class Learner:
         """The policy under checkpoint names, adapters merged, for the generators."""
         return self.export(to_checkpoint(self.model))
 
+    def adapter(self) -> Adapter:
+        """The adapter alone, for generators that hold the weights below it."""
+        return Adapter(adapter_settings(self.model), export(adapter_tensors(self.model)))
+
     def state(self) -> dict[str, Any]:
         """Everything a resumed learner needs, on the host."""
         state = self.optimizer.state_dict()
@@ -202,6 +211,12 @@ class Learner:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapters alone, as a PEFT folder that belongs to the model that the learner began with."""
         save_adapter(self.model, folder, base_model=str(self.folder.resolve()))
+
+
+def lora_config(settings: LoRASettings) -> LoraConfig:
+    return LoraConfig(
+        settings.rank, settings.alpha, settings.targets, settings.use_rslora, settings.use_dora, settings.init
+    )
 
 
 def whole_groups(samples: Sequence[Sample], minibatches: int, seed: int) -> Iterator[list[int]]:

@@ -30,15 +30,33 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
     """Train a tokenizer on the problems and write a policy with random weights beside it."""
     texts = [text for p in problems for text in (p.prompt, p.solution or p.answer)]
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    dense = config.intermediate_size > 0
-    language = LanguageConfig(
-        vocab_size=max(config.vocab_size, len(tokenizer)),
+    language = language_config(
+        config, max(config.vocab_size, len(tokenizer)), (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    )
+    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(target)
+    save_pretrained(model, target)
+
+
+def language_config(
+    config: PolicyConfig, vocab_size: int, eos: tuple[int, ...] = (), pad: int | None = None
+) -> LanguageConfig:
+    """The shape of a policy made from scratch, not yet validated."""
+    dense, standard = config.intermediate_size > 0, config.parametrization == "standard"
+    return LanguageConfig(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=len(config.layer_types),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         layer_types=config.layer_types,
+        sliding_window=config.sliding_window,
+        sparse_stride=config.sparse_stride,
+        sparse_summary=config.sparse_summary,
+        performer_features=config.performer_features,
+        gau_chunk_size=config.gau_chunk_size,
         intermediate_size=config.intermediate_size or config.moe_intermediate_size,
         num_experts=0 if dense else config.num_experts,
         num_experts_per_tok=config.num_experts_per_tok,
@@ -54,12 +72,15 @@ def make_policy(config: PolicyConfig, problems: Sequence[Problem], target: Path,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qk_norm=True,
+        norm_type=config.norm_type,
+        norm_placement=config.norm_placement,
+        attention_scaling=config.attention_scaling,
+        log_n_from=config.log_n_from,
+        initializer=config.initializer,
         # keeps the variance of a projection's input (LeCun); the usual 0.02 suits widths of thousands
-        initializer_range=config.hidden_size**-0.5,
-        eos_token_id=(tokenizer.eos_token_id,),
-        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=(config.hidden_size if standard else config.base_hidden_size) ** -0.5,
+        parametrization=config.parametrization,
+        base_hidden_size=config.base_hidden_size,
+        eos_token_id=eos,
+        pad_token_id=pad,
     )
-    model = Decoder(language).init_weights(derive_seed(seed, "policy"))
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(target)
-    save_pretrained(model, target)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 def train(config: ReasonConfig, run: "Run") -> None:
     """The `reason` job. Writes policy/final, a Hugging Face folder, and heldout/... figures to summary.json."""
     validate(config, run.device)
-    session = Session(config, run, config.rl.max_tokens, config.rl.temperature, config.rl.router_replay)
+    session = open_session(config, run)
     try:
+        for settings in (config.sft.lora, config.rl.lora):
+            session.learn("check_lora", settings)
         state = run.restore()
         warmed_up = state is not None and state["step"] >= config.sft.steps
         if state is None:
@@ -43,6 +45,12 @@ def train(config: ReasonConfig, run: "Run") -> None:
         show_result(run, config)
     finally:
         session.close()
+
+
+def open_session(config: ReasonConfig, run: "Run") -> Session:
+    rl = config.rl
+    adapter_rank = rl.lora.rank * (2 if rl.lora.init == "pissa" else 1) if rl.lora.serve == "adapter" else 0
+    return Session(config, run, rl.max_tokens, rl.temperature, rl.router_replay, adapter_rank)
 
 
 def optimise(session: Session, config: ReasonConfig, run: "Run", state: dict[str, Any] | None) -> None:
@@ -177,7 +185,9 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
         parameters = len(policy.layer_types) * (mixer + feed_forward) + policy.vocab_size * policy.hidden_size
     gib = parameters / 2**30
     wide = learner.dtype == "bfloat16"
-    learner_gib = gib * ((2 + 2 + 16) if wide else 16)  # weights, gradients, float32 masters and moments
+    learner_gib = gib * (2 if wide else 4)
+    if not config.rl.lora.rank or (config.sft.steps and not config.sft.lora.rank):
+        learner_gib += gib * (18 if wide else 12)  # gradients, float32 masters and moments; of adapters next to nothing
     engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
         ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
@@ -200,6 +210,16 @@ def validate(config: ReasonConfig, device: str) -> None:
         raise UserError(
             "--rl.router-replay: vLLM's CPU kernels do not tell which experts they used; use --engine torch"
         )
+    if rl.lora.serve == "adapter":
+        if not rl.lora.rank:
+            raise UserError("--rl.lora.serve adapter: there is no adapter; set --rl.lora.rank, or leave the flag out")
+        if config.sft.steps:
+            raise UserError(
+                "--rl.lora.serve adapter: fine-tuning in the same run changes the weights below the adapter; fine-tune "
+                "with `train sft` first and give its policy/final as --model with --sft.steps 0"
+            )
+        if rl.lora.use_dora and config.engine == "vllm":
+            raise UserError("--rl.lora.serve adapter: vLLM does not serve DoRA; use --rl.lora.serve merged")
     if rl.temperature <= 0:
         raise UserError(f"--rl.temperature {rl.temperature}: RL samples, so it must be above 0")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_rl.config import RolloutConfig
-from llm_rl.generator import Completion, Generator, SamplingConfig
+from llm_rl.generator import Adapter, Completion, Generator, SamplingConfig
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not 
 
 class RolloutWorker:
     """One engine in one process. `context` is the longest prompt plus completion, in tokens. With `record_experts`
-    completions carry what the policy's routers chose."""
+    completions carry what the policy's routers chose. With an `adapter_rank` (the largest) the weights stay those of
+    the folder, and adapters are put beside them."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class RolloutWorker:
         context: int,
         seed: int,
         record_experts: bool = False,
+        adapter_rank: int = 0,
     ) -> None:
         self.generator: Generator
         if engine == "vllm":
@@ -41,6 +43,7 @@ class RolloutWorker:
                 max_num_seqs=config.max_num_seqs,
                 kv_cache_gib=config.kv_cache_gib,
                 enforce_eager=config.enforce_eager,
+                adapter_rank=adapter_rank,
                 seed=seed,
                 record_experts=record_experts,
             )
@@ -58,6 +61,9 @@ class RolloutWorker:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self.generator.load_weights(named, version)
+
+    def load_adapter(self, adapter: Adapter, version: int) -> None:
+        self.generator.load_adapter(adapter, version)
 
     def rollout(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int

@@ -45,8 +45,15 @@ class Attempt:
 
 class Session:
     def __init__(
-        self, config: LanguageJob, run: "Run", max_tokens: int, temperature: float, record_experts: bool = False
+        self,
+        config: LanguageJob,
+        run: "Run",
+        max_tokens: int,
+        temperature: float,
+        record_experts: bool = False,
+        adapter_rank: int = 0,
     ) -> None:
+        """adapter_rank: largest rank of the adapters that are sent to the workers in the place of whole weights."""
         self.config, self.run, self.temperature = config, run, temperature
         self.sets = load_problem_sets(config, run.seed)
         self.folder = policy_folder(
@@ -82,10 +89,12 @@ class Session:
             context,
             run.seed,
             record_experts,
+            adapter_rank,
             name="rollout",
         )
         self.verifiers = VerifierPool(config.verifier_workers, config.verifier_timeout_s)
         self.version = 0
+        self.what = ("adapter", "load_adapter") if adapter_rank else ("weights", "load_weights")
 
     def _context(self, max_tokens: int, limit: int) -> int:
         """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""
@@ -108,12 +117,13 @@ class Session:
         return self.learner.call(0, method, *args, timeout_s=self.config.learner.timeout_s).result()
 
     def sync(self) -> None:
-        """Bring the learner's weights to every worker."""
+        """Bring the learner's weights, or its adapter, to every worker."""
         self.version += 1
         give_up_s = self.config.learner.timeout_s
-        weights = self.learner.call(0, "weights", share_result=True, timeout_s=give_up_s).result()
+        offer, load = self.what
+        weights = self.learner.call(0, offer, share_result=True, timeout_s=give_up_s).result()
         timeout_s = self.config.rollout.timeout_s
-        pushes = self.workers.broadcast("load_weights", weights, self.version, timeout_s=timeout_s, sticky=True)
+        pushes = self.workers.broadcast(load, weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
             with contextlib.suppress(ConnectionError):  # the replacement repeats this sticky call before any other
                 push.result()

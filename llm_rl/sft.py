@@ -19,6 +19,7 @@ def train(config: SFTJobConfig, run: "Run") -> None:
     """The `sft` job: base evaluation, fine-tuning, evaluation, a Hugging Face folder in policy/final."""
     session = Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
     try:
+        session.learn("check_lora", config.sft.lora)
         state = run.restore()
         if state is None:
             session.evaluate("base", 0)

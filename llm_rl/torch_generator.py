@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from llm_rl import weights
-from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
+from llm_rl.generator import Adapter, Completion, SamplingConfig, context_length, require_context
 from models.language.cache import Cache
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained
+from models.language.lora import adapter_names, attach
 from models.language.packing import Packing
+from models.language.peft_folder import config_from_peft, load_adapter_tensors
 from models.language.router import RouterTrace
 from models.seeding import derive_seed
 
@@ -125,6 +127,14 @@ class TorchGenerator:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         load_checkpoint_tensors(self.model, weights.tensors(named), "weight update")
+        self.version = version
+
+    def load_adapter(self, adapter: Adapter, version: int) -> None:
+        """Its settings must stay what they were at the first call."""
+        if not adapter_names(self.model):
+            attach(self.model, config_from_peft(adapter.settings, "the adapter"), seed=0)
+            self.model.requires_grad_(False)
+        load_adapter_tensors(self.model, dict(weights.tensors(adapter.tensors)), "the adapter")
         self.version = version
 
     def close(self) -> None:

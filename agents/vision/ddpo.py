@@ -35,7 +35,10 @@ class DDPOConfig:
     model: Path = Path()
     """Stable Diffusion v1 folder in diffusers' format: the model to tune."""
     reward: str = "jpeg-compressibility"
-    """jpeg-compressibility, jpeg-incompressibility, or `module:function` of images (N, H, W, 3) uint8 and N prompts."""
+    """jpeg-compressibility, jpeg-incompressibility, scene-agreement (with --detector), or `module:function` of images
+    (N, H, W, 3) uint8 and N prompts."""
+    detector: Path | None = None
+    """DETR trained on scenes, for scene-agreement."""
     prompts: Path | None = None
     """Text file with a prompt a line. None: captions of scenes."""
     scenes: SceneConfig = field(default_factory=lambda: SceneConfig(size=64, max_objects=3))
@@ -95,13 +98,13 @@ class DDPOConfig:
 
 def train(config: DDPOConfig, run: "Run") -> None:
     """Metrics are logged by iterations. A reward that fails ends the run with what was learned before it saved."""
-    find_reward(config.reward)  # before a model is loaded
+    find_reward(config.reward, config.detector)  # before the diffusion model is loaded
     learner = DDPOLearner(config, run.seed, run.device)
     prompts, heldout = load_prompts(config, run.seed)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, name="reward")
+    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, config.detector, name="reward")
     saved = learner.iteration
     try:
         if learner.iteration == 0:
@@ -137,7 +140,7 @@ def evaluate(config: DDPOConfig, run: "Run") -> None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
     learner = DDPOLearner(config, run.seed, run.device)
     learner.load_state(state)
-    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, name="reward")
+    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, config.detector, name="reward")
     _, heldout = load_prompts(config, run.seed)
     run.summarize(evaluation(config, run, learner, scorer, heldout))
 

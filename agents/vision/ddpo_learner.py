@@ -105,7 +105,7 @@ class DDPOLearner:
         )
         advantages_N = torch.as_tensor(advantages, dtype=torch.float32, device=self.device)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "update", self.iteration))
-        order_N = torch.randperm(len(advantages_N), generator=generator)
+        order_N = torch.randperm(len(advantages_N), generator=generator).to(self.device)
         sums: dict[str, Tensor] = {}
         for share in order_N.chunk(config.updates):
             batches = share.split(config.batch_size)
@@ -128,13 +128,16 @@ class DDPOLearner:
         means = {name: float(value) / passes for name, value in sums.items()}
         return means | {"train/grad_norm": grad_norm}  # of the last update
 
+    def log_probs(self, rollout: Rollout, picked_B: Tensor, i: int) -> Tensor:
+        """Of step i of the picked images, (B,), under the policy as it is now."""
+        mean_BZhw, std = self._step(rollout.latents_NSZhw[picked_B, i], i, rollout.contexts_NME[picked_B])
+        return gaussian_log_prob(rollout.latents_NSZhw[picked_B, i + 1], mean_BZhw, std)
+
     def _loss(
         self, rollout: Rollout, picked_B: Tensor, i: int, advantages_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        picked_B = picked_B.to(self.device)
-        mean_BZhw, std = self._step(rollout.latents_NSZhw[picked_B, i], i, rollout.contexts_NME[picked_B])
-        log_probs_B = gaussian_log_prob(rollout.latents_NSZhw[picked_B, i + 1], mean_BZhw, std)
-        batch = StepBatch(log_probs_B, rollout.log_probs_NS[picked_B, i], advantages_B)
+        old_log_probs_B = rollout.log_probs_NS[picked_B, i]
+        batch = StepBatch(self.log_probs(rollout, picked_B, i), old_log_probs_B, advantages_B)
         if self.config.estimator == "sf":
             loss = score_function_loss(batch)
         else:

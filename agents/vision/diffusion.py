@@ -10,6 +10,7 @@ folder that `models.diffusion.folder` and diffusers load.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from agents.vision.diffusion_learner import AutoencoderLearner, DenoiserLearner,
 from agents.vision.pictures import as_bytes
 from agents.vision.prefetch import in_order
 from envs.vision.captioned import CaptionedConfig, CaptionedLoader
+from envs.vision.scene_agreement import SceneAgreement
 from models.diffusion.folder import save_folder
 from models.diffusion.pipeline import LatentDiffusion, text_to_image
 from models.diffusion.tokenizer import PromptTokenizer, train_tokenizer
@@ -45,6 +47,8 @@ class DiffusionConfig:
     """Of those pictures: how far to move away from the empty caption."""
     samples: int = 16
     """Pictures to draw, of held-out captions."""
+    detector: Path | None = None
+    """DETR trained on scenes: evaluation then counts the objects of held-out captions that it finds in the pictures."""
     eval_every: int = 2000
     """Steps from one evaluation and checkpoint to the next."""
     log_every: int = 50
@@ -179,17 +183,27 @@ def evaluation(
     latents = autoencoder.encode_all(heldout.images)
     figures |= denoiser.evaluate(latents, tokenizer(heldout.captions).to(run.device))
     model = trained_model(autoencoder, denoiser, tokenizer)
-    drawn = heldout.captions[: config.samples]
-    pictures = text_to_image(
-        model,
-        drawn,
-        steps=config.sample_steps,
-        guidance=config.guidance,
-        generator=torch.Generator().manual_seed(derive_seed(run.seed, "samples")),
-    )
-    run.images(step, "samples", as_bytes(pictures))
-    run.record(step, "captions", [{"picture": i, "caption": c} for i, c in enumerate(drawn)])
+    drawn = heldout.captions if config.detector else heldout.captions[: config.samples]
+    pictures = draw(config, run, model, drawn)
+    run.images(step, "samples", pictures[: config.samples])
+    run.record(step, "captions", [{"picture": i, "caption": c} for i, c in enumerate(drawn[: config.samples])])
+    if config.detector:
+        agreement = SceneAgreement(config.detector, run.device)
+        figures["eval/agreement"] = float(np.mean(agreement(pictures, drawn)))
+        figures["eval/agreement/other_caption"] = float(np.mean(agreement(pictures, [*drawn[1:], drawn[0]])))
+        figures["eval/agreement/real_images"] = float(np.mean(agreement(heldout.images.numpy(), drawn)))
     return figures
+
+
+def draw(config: DiffusionConfig, run: "Run", model: LatentDiffusion, captions: list[str]) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of each caption, from the same noise each time."""
+    parts = []
+    for at in range(0, len(captions), _LOADED_AT_ONCE):
+        generator = torch.Generator().manual_seed(derive_seed(run.seed, "samples", at))
+        batch = captions[at : at + _LOADED_AT_ONCE]
+        images = text_to_image(model, batch, steps=config.sample_steps, guidance=config.guidance, generator=generator)
+        parts.append(as_bytes(images))
+    return np.concatenate(parts)
 
 
 class Clock:

@@ -141,10 +141,11 @@ class AutoencoderLearner:
         picked_B = torch.randint(len(images_NHWC), (learning.autoencoder_batch_size,), generator=generator)
         x_BCHW = self._pixels(images_NHWC[picked_B])
         with mixed_precision(self.device):
-            posterior = self.model.encode(x_BCHW)
+            half = self.model.encode(x_BCHW)
+            posterior = Posterior(half.mean_BZhw.float(), half.log_variance_BZhw.float())
             rebuilt_BCHW = self.model.decode(posterior.sample(generator))
         error = (rebuilt_BCHW.float() - x_BCHW).abs().mean()
-        kl = posterior.kl().float().mean()
+        kl = posterior.kl().mean()
         set_lr(self.optimizer, learning.autoencoder_lr, self.step, learning.autoencoder_steps, learning.warmup)
         norm = optimize(self.optimizer, error + learning.kl_weight * kl, learning.max_grad_norm)
         self.step += 1

@@ -61,6 +61,14 @@ class ControlEnv:
         if not np.isfinite(rewards).all():
             raise UserError(f"{self.env_id} paid a reward that is not finite")
 
+    def render(self) -> np.ndarray:
+        """A picture (H, W, 3) uint8 of the first environment, which must have been made with a render mode."""
+        with _failures_named(self.env_id, "render"):
+            picture = (self.env.render() or [None])[0]
+        if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+            raise UserError(f"environment {self.env_id} draws no pictures (render_mode rgb_array)")
+        return picture
+
     def _vectors(self, batch: Any) -> np.ndarray:
         return np.asarray(self._flatten(batch), dtype=np.float32)
 
@@ -118,6 +126,8 @@ class _EnvPool(VectorEnv):
 def _make(env_id: str, num_envs: int, render_mode: str | None) -> VectorEnv:
     scheme, _, task = env_id.rpartition(":")
     if scheme == "envpool":
+        if render_mode:
+            raise UserError(f"{env_id} cannot be filmed: envpool draws no pictures; give --env {task}")
         return _EnvPool(task, num_envs)
     options: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
     if scheme and (found := getattr(importlib.import_module(scheme), task, None)) is not None:

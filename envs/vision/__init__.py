@@ -1,18 +1,14 @@
-"""Vision tasks: captioned scenes, COCO data and its scores, environments around vision models."""
+"""Vision models as environments with rewards. `envs.vision:Detect-v0` imports this module and finds them."""
 
 import gymnasium
 
-
-def register() -> None:
-    """Make the environments known to gymnasium: `envs.vision:Detect-v0` imports this module and finds them."""
+# Importing again, as a worker that reloads modules may, must not warn of registering twice.
+if "Detect-v0" not in gymnasium.registry:
     for name, continuous in (("Detect-v0", False), ("DetectContinuous-v0", True)):
-        if name not in gymnasium.registry:
-            gymnasium.register(
-                name,
-                entry_point="envs.vision.detect:DetectEnv",
-                vector_entry_point="envs.vision.detect:DetectVectorEnv",
-                kwargs={"continuous": continuous},
-            )
-
-
-register()
+        gymnasium.register(
+            name,
+            entry_point="envs.vision.detect:DetectEnv",
+            vector_entry_point="envs.vision.detect:DetectVectorEnv",
+            kwargs={"continuous": continuous},
+        )
+    gymnasium.register("Denoise-v0", vector_entry_point="envs.vision.denoise:DenoiseVectorEnv")

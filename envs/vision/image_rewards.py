@@ -7,12 +7,15 @@ names; any other is given as `module:function`.
 import importlib
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from envs.vision.scene_agreement import SceneAgreement
 from models.errors import UserError, unknown_name
 
+AGREEMENT = "scene-agreement"
 Reward = Callable[[np.ndarray, Sequence[str]], Sequence[float]]
 _QUALITY = 95  # of the JPEG files, as in the paper's code
 
@@ -37,11 +40,18 @@ NAMED: dict[str, Reward] = {
 }
 
 
-def find_reward(name: str) -> Reward:
-    """A reward by its name or by `module:function`. Raises UserError if there is none."""
+def find_reward(name: str, detector: Path | None = None, device: str = "cpu") -> Reward:
+    """A reward by its name or by `module:function`. Raises UserError if there is none.
+
+    detector: DETR of scenes that `scene-agreement` needs.
+    """
+    if name == AGREEMENT:
+        if detector is None:
+            raise UserError(f"reward {name}: needs a detector; give --detector, a DETR trained on scenes")
+        return SceneAgreement(detector, device)
     if ":" not in name:
         if name not in NAMED:
-            raise unknown_name("reward", name, NAMED)
+            raise unknown_name("reward", name, [*NAMED, AGREEMENT])
         return NAMED[name]
     module, _, attribute = name.partition(":")
     try:
@@ -56,8 +66,8 @@ def find_reward(name: str) -> Reward:
 class RewardScorer:
     """An actor that pays for images."""
 
-    def __init__(self, name: str) -> None:
-        self._name, self._reward = name, find_reward(name)
+    def __init__(self, name: str, detector: Path | None = None) -> None:
+        self._name, self._reward = name, find_reward(name, detector)
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Rewards (N,) float64. Raises RewardFailed if the reward raises, or returns anything but N finite numbers."""

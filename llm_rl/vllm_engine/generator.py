@@ -11,7 +11,8 @@ import torch._dynamo
 from torch import Tensor
 
 from llm_rl import weights
-from llm_rl.generator import Completion, SamplingConfig, context_length, require_context
+from llm_rl.generator import Adapter, Completion, SamplingConfig, context_length, require_context
+from llm_rl.vllm_engine.adapters import ADAPTER_FAMILIES, ServedAdapter
 from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
@@ -37,6 +38,7 @@ class VLLMGenerator:
         max_num_batched_tokens: int | None = None,
         kv_cache_gib: float = 0.5,
         enforce_eager: bool = True,
+        adapter_rank: int = 0,
         seed: int = 0,
         record_experts: bool = False,
         version: int = 0,
@@ -46,16 +48,23 @@ class VLLMGenerator:
         max_num_seqs: sequences decoded at once. max_num_batched_tokens: tokens of one engine step; longer prompts
         are read in several steps. kv_cache_gib: memory for keys, values and states. enforce_eager: on a GPU, do not
         compile or capture CUDA graphs (starts sooner, decodes slower); the CPU is always eager. record_experts:
-        completions carry what the routers chose, which vLLM cannot tell on the CPU.
+        completions carry what the routers chose, which vLLM cannot tell on the CPU. adapter_rank: largest rank of the
+        adapters that `load_adapter` will bring; 0 for none.
 
         Raises UserError if vLLM is missing, cannot use the device or refuses the settings, or the folder cannot be
         read.
         """
         config = read_config(model_folder)
         self.max_model_len = context_length(config, max_model_len)
+        if adapter_rank and config.model_type not in ADAPTER_FAMILIES:
+            raise UserError(
+                f"{model_folder}: vLLM serves adapters here for {' and '.join(ADAPTER_FAMILIES)} only, and this is a "
+                f"{config.model_type} model; use --rl.lora.serve merged"
+            )
         _set_environment(device)
         vllm = _import_vllm(device)
         self.version = version
+        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
         self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16
@@ -78,6 +87,7 @@ class VLLMGenerator:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=seed,
+                **(self._adapter.engine_settings() if self._adapter else {}),
             )
         except ValueError as error:  # vLLM's word for settings that cannot work
             reason = " ".join(str(error).split())
@@ -101,7 +111,8 @@ class VLLMGenerator:
             detokenize=False,
         )
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._engine.generate(requests, parameters, use_tqdm=False)
+        request = self._adapter.request if self._adapter else None
+        outputs = self._engine.generate(requests, parameters, use_tqdm=False, lora_request=request)
         return [
             [self._completion(sample, len(prompt)) for sample in output.outputs]
             for output, prompt in zip(outputs, prompts, strict=True)
@@ -123,6 +134,12 @@ class VLLMGenerator:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
+        self.version = version
+
+    def load_adapter(self, adapter: Adapter, version: int) -> None:
+        if self._adapter is None:
+            raise ValueError("the engine was started without an adapter_rank")
+        self._adapter.replace(adapter, self._engine.llm_engine)
         self.version = version
 
     def _with_head(self, named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

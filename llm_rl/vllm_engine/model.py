@@ -51,7 +51,8 @@ class SoftmaxAttentionLayer(nn.Module):
         self.head_dim = size
         self.sizes = [heads * size, kv_heads * size, kv_heads * size]
         self.qkv_proj = QKVParallelLinear(hidden, size, heads, kv_heads, bias=bias, prefix=f"{prefix}.qkv_proj")
-        self.o_proj = RowParallelLinear(heads * size, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        o_bias = bias and config.o_proj_bias
+        self.o_proj = RowParallelLinear(heads * size, hidden, bias=o_bias, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.query_scale = QueryScale(config, reads_all=kind == "full_attention")
@@ -187,7 +188,8 @@ class Body(nn.Module):
     def forward(self, positions: Tensor, x_TD: Tensor) -> Tensor:
         for layer in self.layers:
             x_TD = layer(positions, x_TD)
-        return self.norm(x_TD) * self.head_multiplier
+        x_TD = self.norm(x_TD)
+        return x_TD if self.head_multiplier == 1.0 else x_TD * self.head_multiplier
 
 
 class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):

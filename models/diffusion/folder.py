@@ -7,9 +7,8 @@ tokenizer/           vocab.json  merges.txt  tokenizer_config.json  ...
 scheduler/           scheduler_config.json
 """
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from models.diffusion.text_encoder import TextEncoder
 from models.diffusion.tokenizer import PromptTokenizer
 from models.diffusion.unet import UNet
 from models.errors import UserError
+from models.language.checkpoint import read_json, write_json
 
 _CLASSES = {
     "unet": {"UNet2DConditionModel"},
@@ -51,7 +51,7 @@ def load_folder(
 ) -> LatentDiffusion:
     """Read a folder. Raises UserError naming what is missing, of another kind, broken, or of another shape."""
     folder = Path(folder)
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
     if pipeline not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
         raise UserError(f"{folder / 'model_index.json'}: a {pipeline}; only StableDiffusionPipeline (v1) is supported")
@@ -71,7 +71,7 @@ def load_folder(
         unet=_load_part(folder / "unet", UNetConfig, UNet, dtype, device),
         text_encoder=_load_part(folder / "text_encoder", TextEncoderConfig, TextEncoder, dtype, device),
         tokenizer=PromptTokenizer.load(folder / "tokenizer"),
-        scheduler=SchedulerConfig.from_json(_read_json(scheduler_file), str(scheduler_file)),
+        scheduler=SchedulerConfig.from_json(read_json(scheduler_file), str(scheduler_file)),
     )
     _check_fit(model, folder)
     return model
@@ -92,7 +92,7 @@ def save_folder(model: LatentDiffusion, folder: str | Path) -> None:
         _save_part(folder / "text_encoder", model.text_encoder, "CLIPTextModel", model.tokenizer)
         model.tokenizer.save(folder / "tokenizer")
         scheduler = model.scheduler.to_json()
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         index: dict[str, Any] = {
             "_class_name": "StableDiffusionPipeline",
             "unet": ["diffusers", "UNet2DConditionModel"],
@@ -104,7 +104,7 @@ def save_folder(model: LatentDiffusion, folder: str | Path) -> None:
             "safety_checker": [None, None],
             "requires_safety_checker": False,
         }
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder}: cannot write the model ({error}); free some space or choose another folder"
@@ -118,7 +118,7 @@ def _load_part(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Part:
-    config = config_class.from_json(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = config_class.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):  # no memory and no initialisation for weights that are about to be read
         module = build(config)
     module = module.to(dtype).to_empty(device=device)
@@ -199,28 +199,8 @@ def _save_part(
         config |= {"architectures": [class_name], "model_type": "clip_text_model"}
         config |= {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id}
         config |= {"pad_token_id": tokenizer.pad_id}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     file = folder / _WEIGHTS[folder.name]
     save_file(tensors, f"{file}.part", metadata={"format": "pt"})
     os.replace(f"{file}.part", file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; is this a Stable Diffusion folder in diffusers' format?") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # bad JSON, or not UTF-8
-        raise UserError(f"{file}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no JSON object; download it again")
-    return content
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, file)

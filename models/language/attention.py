@@ -40,7 +40,7 @@ class SoftmaxAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias and config.o_proj_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.query_scale = QueryScale(config, reads_all=type(self) is SoftmaxAttention)
@@ -52,15 +52,19 @@ class SoftmaxAttention(nn.Module):
     def forward(
         self, x_TD: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor], cache: KeyValueCache | None
     ) -> Tensor:
-        q_THC = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
-        k_TKC = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
-        v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THC = self.query_scale(q_THC, packing.positions_T)
+        q_THC, k_TKC, v_TKC = self.project(x_TD, packing, cos_sin)
         if cache is not None:
             o_THC = cached_attention(q_THC, k_TKC, v_TKC, packing, cache, self.pattern)
         else:
             o_THC = packed_attention(q_THC, k_TKC, v_TKC, packing, self.pattern)
         return self.o_proj(o_THC.flatten(-2))
+
+    def project(self, x_TD: Tensor, packing: Packing, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, C], keys and values [T, K, C]; a token's logits are q · k / √C."""
+        q_THC = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
+        k_TKC = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))), *cos_sin)
+        v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        return self.query_scale(q_THC, packing.positions_T), k_TKC, v_TKC
 
 
 class SlidingAttention(SoftmaxAttention):

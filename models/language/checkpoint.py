@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -72,6 +73,8 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
     for name, tensor in named:
         if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue  # older folders carry both, although they follow from the rest
+        if family.next_token_layers and _layer(name) >= model.config.num_hidden_layers:
+            continue  # predicts a further token, for speculative decoding
         if name not in slots:
             raise UserError(f"{source}: unexpected tensor {name}; does config.json describe this model?")
         if slots[name].shape != tensor.shape:
@@ -84,6 +87,12 @@ def load_checkpoint_tensors(model: Decoder, named: Iterable[tuple[str, Tensor]],
         raise UserError(
             f"{source}: tensor {min(waiting)} is missing ({len(waiting)} in all); does config.json describe this model?"
         )
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor belongs to, -1 for one of no layer."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def checkpoint_slots(model: Decoder) -> dict[str, Tensor]:

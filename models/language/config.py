@@ -1,4 +1,4 @@
-"""The shape of a policy: a superset of the Qwen3, Qwen3-MoE, Llama, Mixtral and dots1 configurations."""
+"""The shape of a policy: a superset of the Qwen3, Qwen3-MoE, Llama, Mixtral, dots1 and GLM-4.5 configurations."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,6 +14,10 @@ MIXER_KINDS = (
     "linear_attention", "gated_delta_rule", "elu_attention", "efficient_attention", "performer_attention",
     "gated_attention_unit",
 )  # fmt: skip
+# transformers refuses names that it does not know, and vLLM counts layers by them. So `layer_types` of a config.json
+# says what a layer keeps of the past (keys and values, a window of them, or a state), and `mixer_kinds` its kind.
+STANDARD_KINDS = {kind: "linear_attention" for kind in MIXER_KINDS if not kind.startswith(("full", "sliding"))}
+STANDARD_KINDS |= {"strided_attention": "full_attention", "fixed_attention": "full_attention"}
 BIDIRECTIONAL_KINDS = ("linformer_attention", "nystromformer_attention")  # modules, but not for a causal policy
 
 NORM_TYPES = ("rms_norm", "layer_norm")
@@ -25,10 +29,11 @@ PARAMETRIZATIONS = ("standard", "ntk", "mup")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. The fields after `rope_theta` belong to rope_type "llama3"."""
+    """Rotary position embedding. The fields from `factor` on belong to rope_type "llama3"."""
 
     rope_type: str = "default"  # "default" or "llama3"
     rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0  # share of a head's channels that turns (GLM-4.5: half of them)
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -50,6 +55,7 @@ class LanguageConfig:
     layer_types: tuple[str, ...] = ()  # sequence mixer of each layer, of MIXER_KINDS; empty: all full_attention
     qk_norm: bool = True  # RMSNorm on each head's query and key (Qwen3)
     attention_bias: bool = False  # bias on q, k, v and o of softmax attention, full or sparse
+    o_proj_bias: bool = True  # with attention_bias: on o too (GLM-4.5 has none there)
     sliding_window: int = 256  # tokens that a token reads in sliding_attention, itself included
     sparse_stride: int = 64  # of strided_attention and fixed_attention
     sparse_summary: int = 8  # positions at the end of each stride that all later tokens read in fixed_attention
@@ -134,6 +140,12 @@ class LanguageConfig:
             raise UserError(
                 f"model config: rope_type {self.rope.rope_type!r} is not supported; use a checkpoint with 'default' "
                 "or 'llama3' rotary embedding"
+            )
+        turning = self.head_dim * self.rope.partial_rotary_factor
+        if not 0 < self.rope.partial_rotary_factor <= 1 or int(turning) % 2 or int(turning) == 0:
+            raise UserError(
+                f"model config: partial_rotary_factor {self.rope.partial_rotary_factor} turns {turning:g} of head_dim "
+                f"{self.head_dim} channels; it must be a positive even number of them"
             )
         if self.rope.rope_theta <= 0:
             raise UserError(f"model config: rope_theta is {self.rope.rope_theta}; it must be positive")
@@ -274,7 +286,7 @@ class LanguageConfig:
             values["head_dim"] = 128 if str(model_type).startswith("qwen3") else config["hidden_size"] // max(heads, 1)
         if config.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
-        values["layer_types"] = tuple(config.get("layer_types") or ())
+        values["layer_types"] = tuple(config.get("mixer_kinds") or config.get("layer_types") or ())
         if model_type == "qwen3" and config.get("use_sliding_window"):
             if not config.get("sliding_window"):
                 raise UserError(f"{source}: use_sliding_window is set, but sliding_window is missing")
@@ -301,7 +313,10 @@ class LanguageConfig:
             if len(self.eos_token_id) == 1
             else [*self.eos_token_id]
         )
-        values["layer_types"] = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
+        kinds = [self.mixer_kind(i) for i in range(self.num_hidden_layers)]
+        values["layer_types"] = [STANDARD_KINDS.get(kind, kind) for kind in kinds]
+        if values["layer_types"] != kinds:
+            values["mixer_kinds"] = kinds
         values["mlp_only_layers"] = list(self.mlp_only_layers)
         family = FAMILIES[self.model_type]
         if self.model_type != "longstride":
@@ -327,7 +342,9 @@ _POSITIVE = (
     "gau_chunk_size",
 )  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_MIXER_FIELDS = {"sliding_window", "sparse_stride", "sparse_summary", "performer_features", "gau_chunk_size"}
+_MIXER_FIELDS = {
+    "sliding_window", "sparse_stride", "sparse_summary", "performer_features", "gau_chunk_size", "o_proj_bias"
+}  # fmt: skip
 
 # What the families of transformers do; the initializer leaves no trace in a model.
 _PLAIN_SIGNAL = {
@@ -342,8 +359,8 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> RopeConfig:
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     given.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     given["rope_type"] = given.pop("type", None) or given.get("rope_type", "default")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    usual = 0.5 if config["model_type"] == "glm4_moe" else 1.0
+    given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", usual))
     if given["rope_type"] == "llama3":
         missing = {f.name for f in dataclasses.fields(RopeConfig)} - given.keys()
         if missing:
@@ -352,6 +369,9 @@ def _rope_from_hf(config: Mapping[str, Any], source: str) -> RopeConfig:
 
 
 def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(rope)
     if rope.rope_type == "default":
-        return {"rope_type": "default", "rope_theta": rope.rope_theta}
-    return dataclasses.asdict(rope)
+        values = {name: values[name] for name in ("rope_type", "rope_theta", "partial_rotary_factor")}
+    if rope.partial_rotary_factor == 1.0:
+        del values["partial_rotary_factor"]
+    return values

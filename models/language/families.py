@@ -21,6 +21,11 @@ PLAIN_ROUTER: Fields = {
     "router_selection_bias": False, "shared_expert_intermediate_size": 0, "shared_expert_gate": True,
     "expert_capacity_factor": None,
 }  # fmt: skip
+# That of DeepSeek-V3, whose shared expert has no gate.
+DEEPSEEK_ROUTER: Fields = {
+    "scoring_func": "sigmoid", "router_selection_bias": True, "shared_expert_gate": False, "decoder_sparse_step": 1,
+    "expert_capacity_factor": None,
+}  # fmt: skip
 EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"}
 SPARSITY: Fields = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 
@@ -37,8 +42,12 @@ class Family:
     read: Callable[[Mapping[str, Any], str], Fields] = lambda config, source: {}  # fields that it names otherwise
     write: Callable[[Fields], Fields] = lambda values: values  # and back
     tensors: tuple[tuple[str, str], ...] = ()  # our part of a tensor's name, the folder's part
+    as_llama: bool = True  # attention turns whole heads, and attention_bias reaches o_proj too
+    next_token_layers: bool = False  # the folder may end with layers for speculative decoding, which are left out
 
     def contains(self, config: "LanguageConfig") -> bool:
+        if self.as_llama and (config.rope.partial_rotary_factor != 1.0 or not config.o_proj_bias):
+            return False
         return all(getattr(config, name) == value for name, value in self.fixed.items()) and self.holds(config)
 
     def tensor_name(self, name: str) -> str:
@@ -58,7 +67,7 @@ def require_known(model_type: object, source: str) -> None:
     if model_type in MLA_TYPES:
         raise UserError(
             f"{source}: model_type {model_type!r} has multi-head latent attention (MLA), which is not supported; its "
-            "mixture of experts is: use a checkpoint with grouped-query attention, such as dots1 or qwen3_moe"
+            "mixture of experts is: use a checkpoint with grouped-query attention, such as glm4_moe or qwen3_moe"
         )
     if model_type not in FAMILIES:
         raise UserError(f"{source}: model_type {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
@@ -103,6 +112,14 @@ def _write_mixtral(values: Fields) -> Fields:
 def _read_dots1(config: Mapping[str, Any], source: str) -> Fields:
     if config.get("sliding_window") and config.get("max_window_layers", 62) < config["num_hidden_layers"]:
         raise UserError(f"{source}: sliding_window is {config['sliding_window']}; dots1 is supported without one")
+    return _read_deepseek(config)
+
+
+def _read_glm4_moe(config: Mapping[str, Any], source: str) -> Fields:
+    return _read_deepseek(config) | {"qk_norm": bool(config.get("use_qk_norm"))}
+
+
+def _read_deepseek(config: Mapping[str, Any]) -> Fields:
     return {
         "num_experts": config["n_routed_experts"],
         "shared_expert_intermediate_size": (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
@@ -112,23 +129,31 @@ def _read_dots1(config: Mapping[str, Any], source: str) -> Fields:
 
 
 def _write_dots1(values: Fields) -> Fields:
+    return _write_deepseek(values) | {"sliding_window": None}
+
+
+def _write_glm4_moe(values: Fields) -> Fields:
+    values = _write_deepseek(values) | {"use_qk_norm": values["qk_norm"], "num_nextn_predict_layers": 0}
+    return {name: value for name, value in values.items() if name not in ("qk_norm", "layer_types")}
+
+
+def _write_deepseek(values: Fields) -> Fields:
     values = dict(
         values,
         n_routed_experts=values["num_experts"],
         n_shared_experts=values["shared_expert_intermediate_size"] // values["moe_intermediate_size"],
         first_k_dense_replace=len(values["mlp_only_layers"]),
-        sliding_window=None,
     )
-    return {name: value for name, value in values.items() if name not in _DOTS1_OTHERWISE}
+    return {name: value for name, value in values.items() if name not in _DEEPSEEK_OTHERWISE}
 
 
-def _is_dots1(config: "LanguageConfig") -> bool:
+def _is_deepseek(config: "LanguageConfig") -> bool:
     shared = config.shared_expert_intermediate_size
     dense_first = config.mlp_only_layers == tuple(range(len(config.mlp_only_layers)))
     return config.num_experts > 0 and shared > 0 and shared % config.moe_intermediate_size == 0 and dense_first
 
 
-_DOTS1_OTHERWISE = {"num_experts", "shared_expert_intermediate_size", "mlp_only_layers", "router_aux_loss_coef"}
+_DEEPSEEK_OTHERWISE = {"num_experts", "shared_expert_intermediate_size", "mlp_only_layers", "router_aux_loss_coef"}
 _DENSE_UNWRITTEN = frozenset({*EXPERTS, *SPARSITY, *PLAIN_ROUTER})
 
 # The plainest first. Each is complete: what none of the others holds is "longstride".
@@ -167,16 +192,27 @@ FAMILIES: dict[str, Family] = {
     ),
     "dots1": Family(
         "Dots1ForCausalLM",
-        {
-            "qk_norm": True, "scoring_func": "sigmoid", "router_selection_bias": True, "shared_expert_gate": False,
-            "decoder_sparse_step": 1, "expert_capacity_factor": None,
-        },
-        holds=_is_dots1,
+        DEEPSEEK_ROUTER | {"qk_norm": True},
+        holds=_is_deepseek,
         required=("num_experts_per_tok", "moe_intermediate_size", "n_routed_experts"),
         read=_read_dots1,
         write=_write_dots1,
         tensors=((".shared_expert.", ".shared_experts."),),
     ),
-    "longstride": Family("LongstrideForCausalLM"),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        DEEPSEEK_ROUTER | {"o_proj_bias": False},
+        holds=_is_deepseek,
+        required=(
+            "num_experts_per_tok", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+            "first_k_dense_replace", "norm_topk_prob",
+        ),
+        read=_read_glm4_moe,
+        write=_write_glm4_moe,
+        tensors=((".shared_expert.", ".shared_experts."),),
+        as_llama=False,
+        next_token_layers=True,
+    ),
+    "longstride": Family("LongstrideForCausalLM", as_llama=False),
 }  # fmt: skip
 MLA_TYPES = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "longcat_flash"}

@@ -44,17 +44,18 @@ def chunked(
     q: Tensor, k: Tensor, q_far: Tensor, k_far: Tensor, v: Tensor, far: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Sequences that begin where a chunk begins. `far` [B, S, E]: what earlier chunks wrote. Returns the output, and
-    what has been written before each chunk and after the last, [B, N + 1, S, E]."""
+    what has been written before each chunk and after the last, float32 [B, N + 1, S, E]. Products take the dtype of
+    their inputs."""
     length = q.shape[1]
     q, k, q_far, k_far, v = (
-        F.pad(x.float(), (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk)) for x in (q, k, q_far, k_far, v)
+        F.pad(x, (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk)) for x in (q, k, q_far, k_far, v)
     )
-    near = F.relu(q @ k.mT / chunk).square().tril() @ v
-    written = k_far.mT @ v / chunk
+    near = F.relu((q @ k.mT).float() / chunk).square().tril().to(v.dtype) @ v
+    written = (k_far.mT @ v).float() / chunk
     if far is None:
         far = torch.zeros_like(written[:, 0])
     before = torch.cat([far[:, None], written], 1).cumsum(1)
-    return (near + q_far @ before[:, :-1]).flatten(1, 2)[:, :length], before
+    return (near + q_far @ before[:, :-1].to(v.dtype)).flatten(1, 2)[:, :length], before
 
 
 class GatedAttentionUnit(RecurrentMixer):
@@ -86,13 +87,13 @@ class GatedAttentionUnit(RecurrentMixer):
 
     def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
         *tensors, positions_BL, valid_BL = inputs
-        tensors = [x.float() for x in tensors]
         length, chunk = positions_BL.shape[1], self.chunk
         ends_B = filled_B = valid_BL.sum(1)
         far = None
         if state is not None:
             # Put the unfinished chunk's tokens in front, so that every sequence begins where a chunk does.
-            far, k_old, k_far_old, v_old = self.unpack(state)
+            far, *buffers = self.unpack(state)
+            k_old, k_far_old, v_old = (x.to(tensors[0].dtype) for x in buffers)  # they came from this dtype
             filled_B = positions_BL[:, 0] % chunk
             ends_B = ends_B + filled_B
             old = [torch.zeros_like(k_old), k_old, torch.zeros_like(k_old), k_far_old, v_old]
@@ -110,7 +111,7 @@ class GatedAttentionUnit(RecurrentMixer):
         filled = (rest < ends_B[:, None])[..., None]
         buffers = [_take(x, rest.clamp(max=x.shape[1] - 1)) * filled for x in (k, k_far, v)]
         far = before[torch.arange(len(full_B), device=o.device), full_B]
-        return o, torch.cat([x.flatten(1) for x in (far, *buffers)], 1)
+        return o, torch.cat([x.flatten(1).float() for x in (far, *buffers)], 1)
 
     def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         *tensors, positions_B, _ = inputs

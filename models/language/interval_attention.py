@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -66,4 +67,13 @@ def block_mask(part: Part, keys: int) -> BlockMask:
 def _flex(device_type: str) -> Callable[..., Any]:
     """Compiled where it is a kernel; on the CPU the plain form, which scores every pair, for tests."""
     plain: Callable[..., Any] = flex_attention
-    return torch.compile(plain) if device_type == "cuda" else plain
+    if device_type != "cuda":
+        return plain
+    compiled = torch.compile(plain, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Lengths, dtypes and gradient modes are compiled apart. Past its limit torch would quietly run the plain form.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(*args, **kwargs)
+
+    return call

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.language.config import LanguageConfig
-from models.language.linear_attention import chunked, step
+from models.language.linear_attention import chunked
 from models.language.norm import RMSNorm
 from models.language.recurrent import RecurrentMixer, Rotation
 from models.language.rope import rotate
@@ -74,9 +74,9 @@ class KernelAttention(RecurrentMixer):
 
     def step(self, inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
-        z = state[..., -1] + k
-        o, memory = step(self.normalise(q, z), k, v, None, state[..., :-1])
-        return o, torch.cat([memory, z[..., None]], -1)
+        state = state + k[..., :, None] * F.pad(v.float(), (0, 1), value=1.0)[..., None, :]
+        q = self.normalise(q, state[..., -1])
+        return (q[..., None, :] @ state[..., :-1]).squeeze(-2), state
 
     def finish(self, o_T: Tensor, x_TD: Tensor) -> Tensor:
         return self.o_proj(o_T.to(x_TD.dtype).flatten(-2))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN_BLOCK = 256
+SCAN = {"BLOCK": 64, "num_warps": 2}  # a scan waits for memory at each chunk: many small programs hide that
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -39,7 +39,7 @@ def _state(base, chunk, offset, F: tl.constexpr, C: tl.constexpr, BC: tl.constex
 
 @triton.jit
 def _write_forward(k, v, decay, written, L, H, N, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):
-    n, bh, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
+    bh, n, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
     chunk = bh.to(tl.int64) * N + n
     t = n * BT + tl.arange(0, BT)
     k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
@@ -56,7 +56,7 @@ def _write_backward(
     k, v, decay, d_written, d_k, d_v, d_decay, L, H, N,
     F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    n, bh = tl.program_id(0), tl.program_id(1)
+    bh, n = tl.program_id(0), tl.program_id(1)
     chunk = bh.to(tl.int64) * N + n
     t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
     k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
@@ -85,7 +85,7 @@ def _write_backward(
 def _read_forward(
     q, k, v, decay, before, o, L, H, N, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr
 ):
-    n, bh, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
+    bh, n, offset = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BC
     chunk = bh.to(tl.int64) * N + n
     t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
     q_at, exists = _tile(q, bh // H, bh % H, t, L, H, 0, F, F)
@@ -109,7 +109,7 @@ def _read_backward(
     q, k, v, decay, before, d_o, d_q, d_k, d_v, d_decay, d_before, L, H, N,
     F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    n, bh = tl.program_id(0), tl.program_id(1)
+    bh, n = tl.program_id(0), tl.program_id(1)
     b, h, chunk = bh // H, bh % H, bh.to(tl.int64) * N + n
     t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
     q_at, exists = _tile(q, b, h, t, L, H, 0, F, F)
@@ -183,7 +183,7 @@ class _Write(torch.autograd.Function):
         batch, heads, chunks, _ = decay.shape
         written = torch.empty(*decay.shape[:3], k.shape[-1], v.shape[-1], device=k.device)
         sizes = _sizes(k, v, decay)
-        grid = (chunks, batch * heads, v.shape[-1] // sizes["BC"])
+        grid = (batch * heads, chunks, v.shape[-1] // sizes["BC"])
         _write_forward[grid](k, v, decay, written, k.shape[1], heads, chunks, **sizes)
         return written
 
@@ -193,7 +193,7 @@ class _Write(torch.autograd.Function):
         batch, heads, chunks, _ = decay.shape
         grads = [torch.empty_like(x) for x in (k, v, decay)]
         arguments = (k, v, decay, d_written.contiguous(), *grads, k.shape[1], heads, chunks)
-        _write_backward[(chunks, batch * heads)](*arguments, **_sizes(k, v, decay, backward=True))
+        _write_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, decay, backward=True))
         return tuple(grads)
 
 
@@ -203,7 +203,7 @@ class _Read(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, decay, before)
         batch, heads, chunks, _ = decay.shape
         o, sizes = torch.empty_like(v), _sizes(k, v, decay)
-        grid = (chunks, batch * heads, v.shape[-1] // sizes["BC"])
+        grid = (batch * heads, chunks, v.shape[-1] // sizes["BC"])
         _read_forward[grid](q, k, v, decay, before, o, k.shape[1], heads, chunks, **sizes)
         return o
 
@@ -213,7 +213,7 @@ class _Read(torch.autograd.Function):
         batch, heads, chunks, _ = decay.shape
         grads = [torch.empty_like(x) for x in (q, k, v, decay, before)]
         arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
-        _read_backward[(chunks, batch * heads)](*arguments, **_sizes(k, v, decay, backward=True))
+        _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, decay, backward=True))
         return tuple(grads)
 
 
@@ -223,8 +223,8 @@ class _Scan(torch.autograd.Function):
         batch, heads, chunks, *size = written.shape
         before, last = torch.empty_like(written), torch.empty_like(state)
         size_FC = size[0] * size[1]
-        grid = (batch * heads, triton.cdiv(size_FC, SCAN_BLOCK))
-        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        grid = (batch * heads, triton.cdiv(size_FC, SCAN["BLOCK"]))
+        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, **SCAN)
         ctx.save_for_backward(log_kept, before)
         return before, last
 
@@ -233,11 +233,11 @@ class _Scan(torch.autograd.Function):
         log_kept, before = ctx.saved_tensors
         batch, heads, chunks, *size = before.shape
         size_FC = size[0] * size[1]
-        blocks = triton.cdiv(size_FC, SCAN_BLOCK)
+        blocks = triton.cdiv(size_FC, SCAN["BLOCK"])
         d_kept = torch.empty(*log_kept.shape, blocks, device=before.device)
         d_written, d_state = torch.empty_like(before), torch.empty_like(d_last, memory_format=torch.contiguous_format)
         arguments = (log_kept, before, d_before.contiguous(), d_last.contiguous(), d_kept, d_written, d_state, chunks)
-        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, BLOCK=SCAN_BLOCK)
+        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, **SCAN)
         return d_kept.sum(-1), d_written, d_state
 
 

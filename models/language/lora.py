@@ -26,20 +26,25 @@ def attach(model: Decoder, config: LoraConfig, seed: int, name: str = "default")
     The model's outputs stay as they are without an adapter. Raises UserError for settings that cannot be, an unknown
     target, or a name that is taken.
     """
-    config.validate()
+    targets = checked_targets(model, config)
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise UserError(f"lora: an adapter cannot be named {name!r}; use a word of letters, digits and underscores")
     if name in adapter_names(model):
         raise UserError(f"lora: the model already has an adapter named {name!r}; choose another name")
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("unmerge before attaching another adapter: it would be fitted to the merged weights")
-    targets = _find(model, config.targets)
-    if any(part != "weight" for _, part in targets):
-        require_expert_settings(config, model.embed_tokens.weight.element_size())
     generator = torch.Generator().manual_seed(seed)
     for module_name, part in targets:
         _adapted(model, module_name).add(name, part, config, generator)
     activate(model, name)
+
+
+def checked_targets(model: Decoder, config: LoraConfig) -> list[tuple[str, str]]:
+    """(layer, part) of each weight that the adapter stands beside. Raises UserError for settings that cannot be."""
+    targets = _find(model, config.validate().targets)
+    if any(part != "weight" for _, part in targets):
+        require_expert_settings(config, model.embed_tokens.weight.element_size())
+    return targets
 
 
 def activate(model: Decoder, name: str | None) -> None:

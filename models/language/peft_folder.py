@@ -11,7 +11,7 @@ weights: [B, −B₀] [A; A₀].
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,27 +168,31 @@ def _require_distinct(model: Decoder, linears: set[str]) -> None:
 
 def _read_config(file: Path) -> LoraConfig:
     try:
-        given: dict[str, Any] = json.loads(file.read_text())
+        return config_from_peft(json.loads(file.read_text()), str(file))
     except OSError:
         raise UserError(f"{file}: missing; a LoRA folder holds {CONFIG}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy the adapter again") from None
+
+
+def config_from_peft(given: Mapping[str, Any], source: str) -> LoraConfig:
+    """Read the content of adapter_config.json. Raises UserError for what we cannot run."""
     if given.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {given.get('peft_type')!r}; only 'LORA' is supported")
+        raise UserError(f"{source}: peft_type is {given.get('peft_type')!r}; only 'LORA' is supported")
     for key in UNSUPPORTED:
         if given.get(key):
-            raise UserError(f"{file}: {key} is set, which is not supported; train the adapter without it")
+            raise UserError(f"{source}: {key} is set, which is not supported; train the adapter without it")
     if given.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias is {given['bias']!r}; only 'none' is supported")
+        raise UserError(f"{source}: bias is {given['bias']!r}; only 'none' is supported")
     init = given.get("init_lora_weights", True)
     if init not in (*HARMLESS_INITS, "pissa"):
         raise UserError(
-            f"{file}: init_lora_weights is {init!r}, which changes the base weights in a way that cannot be repeated; "
-            "save the adapter with peft's path_initial_model_for_weight_conversion"
+            f"{source}: init_lora_weights is {init!r}, which changes the base weights in a way that cannot be "
+            "repeated; save the adapter with peft's path_initial_model_for_weight_conversion"
         )
     modules, parameters = given.get("target_modules") or [], given.get("target_parameters") or []
     if not isinstance(modules, list) or not isinstance(parameters, list) or not {"r", "lora_alpha"} <= given.keys():
-        raise UserError(f"{file}: needs r, lora_alpha and a list target_modules")
+        raise UserError(f"{source}: needs r, lora_alpha and a list target_modules")
     experts = [name if "experts." in name else f"experts.{name}" for name in parameters]
     return LoraConfig(
         r=given["r"],

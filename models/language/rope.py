@@ -9,12 +9,13 @@ from models.language.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Angle per position of each channel pair, float32 [head_dim / 2].
+    """Angle per position of each channel pair that turns, float32 [head_dim / 2] (less with a partial rotary factor).
 
     rope_type "llama3" stretches the long wavelengths by `factor`, leaves the short ones, and interpolates between, so
     that a model trained at `original_max_position_embeddings` reads longer contexts (Llama 3.1).
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    size = int(head_dim * rope.partial_rotary_factor)
+    exponent = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     frequency = 1.0 / rope.rope_theta**exponent
     if rope.rope_type == "default":
         return frequency
@@ -25,12 +26,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def rotation(frequency: Tensor, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for each position, [T, 1, head_dim / 2] so that they broadcast over heads."""
+    """Cosines and sines for each position, [T, 1, pairs] so that they broadcast over heads."""
     angle = positions_T.float()[:, None] * frequency
     return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
 def rotate(x_THC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i together with channel i + C/2."""
-    a, b = x_THC.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Rotate channel i together with channel i + P, for P pairs; what lies beyond 2P stays."""
+    pairs = cos.shape[-1]
+    a, b, rest = x_THC.split((pairs, pairs, x_THC.shape[-1] - 2 * pairs), -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

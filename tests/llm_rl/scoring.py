@@ -32,6 +32,12 @@ def moved(model: Decoder, seed: int) -> Decoder:
     with torch.no_grad():
         for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
             parameter.lerp_(target, 0.1)
-        for bias in model.buffers():
-            bias.add_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
+    return with_biases(model, seed)
+
+
+def with_biases(model: Decoder, seed: int) -> Decoder:
+    """The model with selection biases that differ from expert to expert."""
+    generator = torch.Generator().manual_seed(seed)
+    for bias in model.buffers():
+        bias.copy_(torch.randn(bias.shape, generator=generator) * 0.2)
     return model

@@ -104,10 +104,13 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
 LORA = shlex.split("--rl.lora.rank 4 --rl.lora.targets all-linear experts.gate_up_proj --rl.lora.b-lr-ratio 4")
 
 
-def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("serve", ["merged", "adapter"])
+def test_lora_rl_changes_the_policy_and_saves_a_merged_folder(finished: Path, serve: str, tmp_path: Path) -> None:
     base = finished / "policy" / "init"
     flags = ["--model", str(base), *LORA, "--sft.steps", "0", "--rl.iterations", "2", "--rl.lr", "1e-2"]
-    assert train(tmp_path, "lora", *flags) == 0
+    assert train(tmp_path, "lora", *flags, "--rl.lora.serve", serve) == 0
+    metrics = json.loads((tmp_path / "lora" / "summary.json").read_text())["metrics"]
+    assert metrics["train/mismatch_max"] < 1e-5  # of the second iteration: the workers have the adapter of the first
     initial = load_file(base / "model.safetensors")
     final = load_file(tmp_path / "lora" / "policy" / "final" / "model.safetensors")
     changed = {name for name in final if not torch.equal(initial[name], final[name])}
@@ -158,6 +161,20 @@ def test_router_replay_with_a_deepseek_router(tmp_path: Path) -> None:
     assert (config["scoring_func"], config["n_group"], config["router_selection_bias"]) == ("sigmoid", 2, True)
     final = load_file(tmp_path / "replay" / "policy" / "final" / "model.safetensors")
     assert final["model.layers.0.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rl.lora.serve adapter --sft.steps 0", "there is no adapter; set --rl.lora.rank"),
+        ("--rl.lora.serve adapter --rl.lora.rank 4", "fine-tune with `train sft` first"),
+        ("--rl.lora.rank 4 --rl.lora.b-lr-ratio 0", "must be positive"),
+        ("--rl.lora.rank 4 --rl.lora.targets query_proj", "unknown lora target `query_proj`: did you mean `q_proj`"),
+    ],
+)
+def test_bad_adapter_settings(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, "bad", "--sft.steps", "1", *shlex.split(flags)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:

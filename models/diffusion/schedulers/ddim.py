@@ -20,7 +20,7 @@ class DDIM(GaussianScheduler):
 
     def mean_and_std(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor) -> tuple[Tensor, float]:
         alpha_bar, alpha_bar_next = self._ends(i)
-        x0_BCHW, noise_BCHW = self._x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
+        x0_BCHW, noise_BCHW = self.x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
         if self.config.clip_sample:
             x0_BCHW = x0_BCHW.clamp(-1, 1)
         std = self.std(i)
@@ -31,6 +31,10 @@ class DDIM(GaussianScheduler):
         alpha_bar, alpha_bar_next = self._ends(i)
         variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
         return self.eta * max(variance, 0.0) ** 0.5  # a step from ᾱ_0 to ᾱ_0 may come out as -1e-17
+
+    def alpha_bars(self) -> list[float]:
+        """ᾱ at each timestep of the pass and at its end: one number more than there are steps."""
+        return [self._ends(i)[0] for i in range(len(self.timesteps))] + [self._alpha_bar_at(-1)]
 
     def _ends(self, i: int) -> tuple[float, float]:
         """ᾱ where step i begins and where it leads to."""

@@ -15,7 +15,7 @@ class DDPM(GaussianScheduler):
     def mean_and_std(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor) -> tuple[Tensor, float]:
         alpha_bar, alpha_bar_next = self._ends(i)
         alpha = alpha_bar / alpha_bar_next
-        x0_BCHW, _ = self._x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
+        x0_BCHW, _ = self.x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
         if self.config.clip_sample:
             x0_BCHW = x0_BCHW.clamp(-1, 1)
         from_x0 = alpha_bar_next**0.5 * (1 - alpha) / (1 - alpha_bar)

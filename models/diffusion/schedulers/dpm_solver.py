@@ -44,7 +44,7 @@ class DPMSolver(Scheduler):
         ratio, ratio_next = self._sigmas[i], self._sigmas[i + 1]  # σ/α
         alpha, sigma = _alpha_and_sigma(ratio)
         alpha_next, sigma_next = _alpha_and_sigma(ratio_next)
-        x0_BCHW, _ = self._x0_and_noise(prediction_BCHW, x_BCHW, alpha**2)
+        x0_BCHW, _ = self.x0_and_noise(prediction_BCHW, x_BCHW, alpha**2)
         direction_BCHW = x0_BCHW
         if self._x0_before_BCHW is not None and ratio_next > 0:
             h, h_before = math.log(ratio / ratio_next), math.log(self._sigmas[i - 1] / ratio)

@@ -36,5 +36,5 @@ class Euler(Scheduler):
     def step(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         sigma, sigma_next = self._sigmas[i], self._sigmas[i + 1]
         alpha_bar = 1 / (sigma**2 + 1)
-        x0_BCHW, _ = self._x0_and_noise(prediction_BCHW, x_BCHW * alpha_bar**0.5, alpha_bar)
+        x0_BCHW, _ = self.x0_and_noise(prediction_BCHW, x_BCHW * alpha_bar**0.5, alpha_bar)
         return x_BCHW + (sigma_next - sigma) / sigma * (x_BCHW - x0_BCHW)

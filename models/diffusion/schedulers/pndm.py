@@ -89,6 +89,6 @@ class PNDM(Scheduler):
     def _transfer(self, x_BCHW: Tensor, prediction_BCHW: Tensor, time: float, to: float) -> Tensor:
         """φ of eq. 9: DDIM's deterministic step, in a form that does not divide by small numbers."""
         alpha_bar, alpha_bar_to = self._alpha_bar[int(time)], self._alpha_bar_at(to)
-        _, noise_BCHW = self._x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
+        _, noise_BCHW = self.x0_and_noise(prediction_BCHW, x_BCHW, alpha_bar)
         denominator = alpha_bar * (1 - alpha_bar_to) ** 0.5 + (alpha_bar * (1 - alpha_bar) * alpha_bar_to) ** 0.5
         return (alpha_bar_to / alpha_bar) ** 0.5 * x_BCHW - (alpha_bar_to - alpha_bar) / denominator * noise_BCHW

@@ -68,8 +68,8 @@ class Scheduler:
             return self._alpha_bar[int(time)]
         return 1.0 if self.config.set_alpha_to_one else self._alpha_bar[0]
 
-    def _x0_and_noise(self, prediction_BCHW: Tensor, x_BCHW: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
-        """Both parts of x_t = √ᾱ x_0 + √(1 − ᾱ) ε as the denoiser sees them."""
+    def x0_and_noise(self, prediction_BCHW: Tensor, x_BCHW: Tensor, alpha_bar: Any) -> tuple[Tensor, Tensor]:
+        """Both parts of x_t = √ᾱ x_0 + √(1 − ᾱ) ε as the denoiser sees them. alpha_bar: a number, or (B, 1, 1, 1)."""
         signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.config.prediction_type == "epsilon":
             return (x_BCHW - sigma * prediction_BCHW) / signal, prediction_BCHW

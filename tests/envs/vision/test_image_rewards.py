@@ -19,6 +19,11 @@ def test_jpeg_size_in_kilobytes() -> None:
     assert RewardScorer("jpeg-compressibility").score(images, ["a", "b"]).tolist() == [-plain, -noise]
 
 
+def test_agreement_needs_a_detector() -> None:
+    with pytest.raises(UserError, match="give --detector"):
+        find_reward("scene-agreement")
+
+
 def test_unknown_rewards_are_named() -> None:
     with pytest.raises(UserError, match="did you mean `jpeg-compressibility`"):
         find_reward("jpeg-compressability")

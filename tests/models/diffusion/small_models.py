@@ -87,11 +87,27 @@ def tokenizer() -> PromptTokenizer:
 
 
 def latent_diffusion(scheduler: str = "pndm") -> LatentDiffusion:
-    """The same weights at every call."""
+    """The same weights at every call. 64 × 64 pixels."""
+    return _assemble(AutoencoderConfig(**AUTOENCODER), UNetConfig(**UNET), scheduler)
+
+
+def tiny_latent_diffusion() -> LatentDiffusion:
+    """For training: two levels each, 16 × 16 pixels."""
+    autoencoder = AUTOENCODER | {"block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 16}
+    unet = UNET | {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+    }
+    return _assemble(AutoencoderConfig(**autoencoder), UNetConfig(**unet), "ddim")
+
+
+def _assemble(autoencoder: AutoencoderConfig, unet: UNetConfig, scheduler: str) -> LatentDiffusion:
     torch.manual_seed(0)
     parts = (
-        Autoencoder(AutoencoderConfig(**AUTOENCODER)),
-        UNet(UNetConfig(**UNET)),
+        Autoencoder(autoencoder),
+        UNet(unet),
         TextEncoder(TextEncoderConfig(**TEXT)),
     )
     for seed, part in enumerate(parts):

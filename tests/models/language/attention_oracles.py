@@ -255,7 +255,7 @@ def sparse_ours(pattern: Pattern) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lengths = (LENGTH - 30, 29, 1)  # a pack of three, in which nothing may leak
         packing = Packing.of(lengths)
-        return torch.stack([packed_attention(*(x[b] for x in (q, k, v)), packing, pattern) for b in range(len(q))])
+        return torch.stack([packed_attention(q[b], k[b], v[b], packing, pattern) for b in range(len(q))])
 
     return run
 

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from models.language.decoder import Decoder
 from tests.models.language.oracles import ORACLES, oracle_model
-from tests.models.language.policies import POLICIES
+from tests.models.language.policies import POLICIES, made
 
 
 @pytest.fixture(params=POLICIES)
 def policy(request: pytest.FixtureRequest) -> Decoder:
-    return Decoder(POLICIES[request.param]).init_weights(seed=0)
+    return made(POLICIES[request.param])
 
 
 @pytest.fixture(params=ORACLES)

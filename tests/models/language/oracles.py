@@ -4,6 +4,8 @@ import torch
 from transformers import (
     Dots1Config,
     Dots1ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -22,6 +24,10 @@ DOTS1 = {  # DeepSeek-V3's mixture
     "topk_group": 2, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
     "sliding_window": None, "attention_bias": True,
 }  # fmt: skip
+GLM = {  # the same, with half of each head turned by its position
+    **{name: value for name, value in DOTS1.items() if name != "sliding_window"},
+    "use_qk_norm": True, "num_mtp_layers": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
 QWEN3_MOE = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
     "mlp_only_layers": [1],
@@ -34,6 +40,7 @@ ORACLES = {
         MixtralConfig(**SHAPE | {"initializer_range": 0.15}, num_local_experts=6, num_experts_per_tok=2)
     ),
     "dots1": lambda: Dots1ForCausalLM(Dots1Config(**SHAPE, **DOTS1)),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**SHAPE, **GLM)),
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     ),

@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from models.language.config import LanguageConfig
+import torch
+
+from models.language.config import LanguageConfig, RopeConfig
+from models.language.decoder import Decoder
 
 SHAPE = {
     "vocab_size": 97,
@@ -66,6 +69,13 @@ RECURRENT = replace(
     gau_chunk_size=16,
     initializer_range=0.12,  # six layers at 0.2 make float32 rounding alone reach 2e-5
 )
+GLM = replace(DEEPSEEK, attention_bias=True, o_proj_bias=False, rope=RopeConfig(partial_rotary_factor=0.5))
+POST_NORM = replace(
+    DENSE, norm_placement="post", norm_type="layer_norm", parametrization="mup", base_hidden_size=32, log_n_from=8
+)
+# As transformers' families cannot: every one of them is pre-norm.
+DEEPNORM = replace(HYBRID, norm_placement="deepnorm", initializer="deepnorm", attention_scaling="inverse")
+GATES = replace(MOE, norm_placement="none", initializer_range=0.23)  # at 0.3 it explodes
 POLICIES = {
     "dense": DENSE,
     "moe": MOE,
@@ -73,4 +83,16 @@ POLICIES = {
     "deepseek": DEEPSEEK,
     "sparse": SPARSE,
     "recurrent": RECURRENT,
+    "post-norm": POST_NORM,
+    "deepnorm": DEEPNORM,
+    "gates": GATES,
 }
+
+
+def made(config: LanguageConfig, seed: int = 0) -> Decoder:
+    """A model with random weights, its gates open: at 0, where they begin, the layers would do nothing."""
+    model = Decoder(config).init_weights(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("residual.gate"):
+            torch.nn.init.constant_(parameter, 0.7)
+    return model

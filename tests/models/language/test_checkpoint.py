@@ -15,7 +15,7 @@ from models.language import checkpoint
 from models.language.checkpoint import load_checkpoint_tensors, load_pretrained, save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
 from models.language.packing import Packing
-from tests.models.language.policies import DEEPSEEK, HYBRID, MOE, SHAPE
+from tests.models.language.policies import DEEPSEEK, GLM, HYBRID, MOE, SHAPE
 
 LENGTHS = (40, 7, 23)
 
@@ -109,6 +109,17 @@ def test_our_model_type_keeps_every_field_of_the_mixture(changes: dict, tmp_path
     again = load_pretrained(tmp_path)
     assert replace(again.config, layer_types=()) == config
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_layers_for_speculative_decoding_are_left_out(tmp_path: Path) -> None:
+    model = Decoder(GLM).init_weights(0)
+    save_pretrained(model, tmp_path)
+    _edit_tensors(lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(2)}))(tmp_path)
+    assert torch.equal(load_pretrained(tmp_path).norm.weight, model.norm.weight)
+    save_pretrained(Decoder(DEEPSEEK).init_weights(0), tmp_path)
+    _edit_tensors(lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(2)}))(tmp_path)
+    with pytest.raises(UserError, match="unexpected tensor"):
+        load_pretrained(tmp_path)
 
 
 def test_sharded_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,10 +1,21 @@
 """Configurations: what they refuse, and what other software understands of them."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Dots1Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    DeepseekV3Config,
+    Dots1Config,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.errors import UserError
@@ -13,6 +24,7 @@ from models.language.rope import inverse_frequencies
 from tests.models.language.policies import (
     DEEPSEEK,
     DENSE,
+    GLM,
     HYBRID,
     LLAMA3_ROPE,
     MOE,
@@ -57,9 +69,19 @@ from tests.models.language.policies import (
         ({"n_group": 6, "topk_group": 6, "router_selection_bias": True}, "groups of one expert"),
         ({"expert_capacity_factor": 0.0}, "expert_capacity_factor is 0.0.*positive"),
         ({"rope": RopeConfig(rope_type="yarn")}, "rope_type 'yarn'"),
+        ({"rope": RopeConfig(partial_rotary_factor=0.2)}, "partial_rotary_factor 0.2 turns 3.2 of head_dim 16"),
+        ({"rope": RopeConfig(partial_rotary_factor=0.0)}, "partial_rotary_factor 0.0"),
         ({"rope": RopeConfig(rope_theta=0.0)}, "rope_theta is 0"),
         ({"eos_token_id": (97,)}, "eos_token_id 97 is outside the vocabulary of 97"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"norm_placement": "pree"}, "unknown norm_placement `pree`: did you mean `pre`"),
+        ({"norm_type": "batch"}, "unknown norm_type `batch`"),
+        ({"initializer": "xavir"}, "unknown initializer `xavir`: did you mean `xavier`"),
+        ({"parametrization": "muP"}, "unknown parametrization `muP`: did you mean `mup`"),
+        ({"attention_scaling": "root"}, "unknown attention_scaling `root`"),
+        ({"log_n_from": 1}, "log_n_from is 1"),
+        ({"initializer": "fixup"}, "initializer 'fixup' is for layers without norms"),
+        ({"base_hidden_size": 0}, "base_hidden_size is 0"),
     ],
 )
 def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) -> None:
@@ -84,11 +106,21 @@ def test_a_bad_config_names_the_field_and_the_mend(changes: dict, message: str) 
         (replace(MOE, expert_capacity_factor=1.25), "longstride"),
         (replace(MOE, n_group=2), "longstride"),
         (DEEPSEEK, "dots1"),
+        (GLM, "glm4_moe"),
+        (replace(GLM, qk_norm=False), "glm4_moe"),
+        (replace(GLM, o_proj_bias=True), "longstride"),
+        (replace(MOE, rope=RopeConfig(partial_rotary_factor=0.5)), "longstride"),
         (replace(DEEPSEEK, shared_expert_gate=True), "longstride"),
         (replace(DEEPSEEK, mlp_only_layers=(1,)), "longstride"),
         (replace(DEEPSEEK, shared_expert_intermediate_size=40), "longstride"),  # not a number of experts
         (replace(MOE, mlp_only_layers=(0, 1, 2)), "qwen3"),
         (replace(MOE, shared_expert_intermediate_size=8), "longstride"),
+        (replace(DENSE, norm_placement="post"), "longstride"),
+        (replace(DENSE, norm_type="layer_norm"), "longstride"),
+        (replace(DENSE, attention_scaling="none"), "longstride"),
+        (replace(DENSE, log_n_from=64), "longstride"),
+        (replace(DENSE, parametrization="mup"), "longstride"),
+        (replace(DENSE, initializer="xavier"), "qwen3"),  # leaves no trace
     ],
 )
 def test_model_type_is_the_plainest_that_holds_the_model(config: LanguageConfig, model_type: str) -> None:
@@ -109,7 +141,14 @@ DOTS1 = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [(Qwen3Config, {}), (Qwen3MoeConfig, {}), (LlamaConfig, {}), (MixtralConfig, {}), (Dots1Config, DOTS1)],
+    [
+        (Qwen3Config, {}),
+        (Qwen3MoeConfig, {}),
+        (LlamaConfig, {}),
+        (MixtralConfig, {}),
+        (Dots1Config, DOTS1),
+        (Glm4MoeConfig, {"num_mtp_layers": 0}),
+    ],
 )
 def test_defaults_of_transformers_are_ours(kind: type, fields: dict) -> None:
     given = kind(**SHAPE, **fields).to_dict()
@@ -122,12 +161,13 @@ def test_defaults_of_transformers_are_ours(kind: type, fields: dict) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (DeepseekV3Config().to_dict(), "'deepseek_v3' has multi-head latent attention.*such as dots1"),
+        (DeepseekV3Config().to_dict(), "'deepseek_v3' has multi-head latent attention.*such as glm4_moe"),
         (MixtralConfig(**SHAPE, sliding_window=64).to_dict(), "sliding_window is 64; Mixtral is supported without"),
         (Dots1Config(**SHAPE, **DOTS1 | {"sliding_window": 64, "max_window_layers": 1}).to_dict(), "sliding_window"),
         (MixtralConfig(**SHAPE).to_dict() | {"num_local_experts": None}, "the field num_local_experts is missing"),
         (Dots1Config(**SHAPE, **DOTS1 | {"num_experts_per_tok": 9}).to_dict(), "num_experts_per_tok is 9"),
         (Dots1Config(**SHAPE, **DOTS1 | {"n_group": 3}).to_dict(), "n_group .3. does not divide"),
+        (Glm4MoeConfig(**SHAPE).to_dict() | {"norm_topk_prob": None}, "the field norm_topk_prob is missing"),
         (HYBRID.to_hf() | {"scoring_func": 1}, "scoring_func is 1; it must be a string"),
         (HYBRID.to_hf() | {"expert_capacity_factor": "much"}, "expert_capacity_factor is 'much'; it must be a number"),
     ],
@@ -135,6 +175,17 @@ def test_defaults_of_transformers_are_ours(kind: type, fields: dict) -> None:
 def test_folders_that_cannot_be_run(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LanguageConfig.from_hf(fields)
+
+
+def test_transformers_meets_only_layer_types_that_it_knows(tmp_path: Path) -> None:
+    """AutoTokenizer, for one, reads config.json without knowing our model type."""
+    for config in (SPARSE, RECURRENT, HYBRID):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+        assert PreTrainedConfig.from_pretrained(tmp_path).num_hidden_layers == config.num_hidden_layers
+    assert SPARSE.to_hf()["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
+    assert set(RECURRENT.to_hf()["layer_types"]) == {"linear_attention"}
+    assert LanguageConfig.from_hf(RECURRENT.to_hf()).layer_types == RECURRENT.layer_types
+    assert "mixer_kinds" not in HYBRID.to_hf()
 
 
 def test_configs_of_transformers_4() -> None:

@@ -8,6 +8,8 @@ import torch
 
 from models.language.decoder import Decoder
 from models.language.experts import grouped_swiglu
+from models.language.lora import attach, parts
+from models.language.lora_layers import LoraConfig
 from models.language.moe import MixtureOfExperts
 from models.language.packing import Packing
 from models.language.router import RouterTrace
@@ -31,7 +33,11 @@ def logits(model: Decoder, tokens_T: torch.Tensor, device: str, trace: RouterTra
 
 
 def test_a_pack_and_its_gradients(pair: tuple[Decoder, Decoder]) -> None:
-    cpu, gpu = pair
+    assert_agreement(*pair)
+
+
+def assert_agreement(cpu: Decoder, gpu: Decoder) -> None:
+    """Of the logits of a pack, and of the gradients of whatever trains."""
     tokens_T = torch.randint(0, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     direction = torch.randn(sum(LENGTHS), 97, generator=torch.Generator().manual_seed(1))
     trace = RouterTrace()
@@ -47,6 +53,26 @@ def test_a_pack_and_its_gradients(pair: tuple[Decoder, Decoder]) -> None:
             continue
         similarity = torch.cosine_similarity(a.grad.flatten(), b.grad.float().cpu().flatten(), 0)
         assert similarity > 0.95, f"{name}: {similarity:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "lora"),
+    [
+        ("dense", LoraConfig(r=8, targets=("all-linear",))),
+        ("dense", LoraConfig(r=8, targets=("all-linear",), use_dora=True)),
+        ("moe", LoraConfig(r=8, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj"))),
+    ],
+    ids=["lora", "dora", "experts"],
+)
+def test_adapters_and_their_gradients(policy: str, lora: LoraConfig) -> None:
+    config = replace(POLICIES[policy], head_dim=32, initializer_range=0.08)
+    gpu = Decoder(config).init_weights(0)
+    attach(gpu, lora, seed=1)
+    with torch.no_grad():
+        for _, _, adapter in parts(gpu, "default"):
+            adapter.lora_B.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+    gpu = gpu.to(torch.bfloat16)
+    assert_agreement(deepcopy(gpu).float(), gpu.cuda())
 
 
 @torch.no_grad()

@@ -106,8 +106,8 @@ def test_the_experts_of_a_trace_can_be_replayed_layer_by_layer() -> None:
     assert torch.equal(torch.stack([record.experts_TK for record in trace.records], 1), replay_TLK)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_initialisation(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("post-norm", "deepnorm")])
+def test_initialisation_at_its_default(name: str) -> None:
     config = POLICIES[name]
     one, same, other = (Decoder(config).init_weights(seed) for seed in (0, 0, 1))
     for (key, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):

@@ -1,10 +1,12 @@
 """Every recurrent kind as a layer: pieces of any length, through prompts and single tokens, give one answer."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.language.kernel_attention import PerformerAttention, orthogonal_gaussian, redraw_features
 from models.language.mixers import MIXERS
@@ -76,6 +78,36 @@ def test_a_pack_of_unequal_lengths_has_finite_gradients(kind: str) -> None:
     for tensor in (x_TD, *(p for p in mixer.parameters() if p.requires_grad)):
         assert tensor.grad.isfinite().all()
         assert tensor.grad.abs().max() > 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers in any tensor that an operation inside makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", RECURRENT_KINDS)
+def test_training_makes_nothing_that_grows_with_the_square_of_the_length(kind: str) -> None:
+    mixer, largest = layer(kind), {}
+    frequency = inverse_frequencies(RECURRENT.rope, RECURRENT.head_dim)
+    for length in (4096, 8192):
+        packing = Packing.of([length])
+        cos_sin = rotation(frequency, packing.positions_T, torch.float32)
+        x_TD = torch.zeros(length, RECURRENT.hidden_size, requires_grad=True)
+        with LargestTensor() as watch:
+            mixer(x_TD, packing, cos_sin, None).sum().backward()
+        largest[length] = watch.numbers
+    assert largest[8192] <= 2.1 * largest[4096]
+    assert largest[8192] < 8192**2 / 8
 
 
 @torch.no_grad()

@@ -1,0 +1,120 @@
+"""Denoise-v0 on a tiny model: what it does is DDIM, it pays at the end, and control agents can train on it."""
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from agents.a2c import A2CConfig, train
+from envs.control.vector_env import ControlEnv
+from envs.vision.denoise import MODEL_VARIABLE, DenoiseVectorEnv
+from launch.config import RunConfig
+from launch.run_directory import RunDirectory
+from launch.runtime import Runtime
+from models.diffusion.folder import load_folder, save_folder
+from models.diffusion.pipeline import denoise
+from models.diffusion.schedulers import DDIM
+from models.errors import UserError
+from tests.models.diffusion.small_models import CAPTIONS, tiny_latent_diffusion
+
+BRIGHTNESS = "tests.agents.vision.rewards:brightness"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_folder(tiny_latent_diffusion(), folder)
+    return folder
+
+
+def make(folder: Path, num_envs: int = 3, **changes) -> DenoiseVectorEnv:
+    settings = {"model": folder, "reward": BRIGHTNESS, "prompts": CAPTIONS, "grid": 6, "max_stride": 3, "cost": 0.1}
+    return DenoiseVectorEnv(num_envs, **settings | changes)
+
+
+def constant(env: DenoiseVectorEnv, guidance: float, eta: float, stride: int) -> np.ndarray:
+    one = [(guidance - 1) / 9 * 2 - 1, eta * 2 - 1, (stride - 1) / (env.max_stride - 1) * 2 - 1]
+    return np.tile(np.array(one, np.float32), (env.num_envs, 1))
+
+
+def test_a_fixed_schedule_is_ddim(folder: Path) -> None:
+    env = make(folder)
+    env.reset(seed=0)
+    model = load_folder(folder)
+    x = env._x_NZhw.clone()
+    contexts = model.encode_prompts([CAPTIONS[i] for i in env._prompt_N])
+    empty = model.encode_prompts([""] * 3)
+    expected = denoise(model.unet, DDIM(model.scheduler.with_name("ddim"), 6), x, contexts, empty, guidance=4.0)
+    for _ in range(6):
+        _, rewards, terminated, _, _ = env.step(constant(env, 4.0, 0.0, 1))
+    assert terminated.all()
+    torch.testing.assert_close(env._x_NZhw, expected, rtol=1e-4, atol=1e-4)
+    brightness = model.decode_latents(expected).mean(dim=(1, 2, 3)).numpy()
+    assert rewards == pytest.approx(brightness - 0.1, abs=0.01)
+    assert sorted(env.pictures) == [0, 1, 2]
+
+
+def test_longer_strides_end_sooner_and_each_picture_has_its_own_time(folder: Path) -> None:
+    env = make(folder)
+    env.reset(seed=0)
+    strides = np.concatenate([constant(env, 2.0, 0.5, stride)[:1] for stride in (1, 2, 3)])
+    ends = []
+    for _ in range(6):
+        observations, rewards, terminated, truncated, _ = env.step(strides)
+        ends.append(terminated.tolist())
+        assert not truncated.any()
+        assert np.isfinite(observations).all()
+    assert np.transpose(ends).astype(int).tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0]]
+    assert rewards[0] > 0  # paid at its end
+    assert rewards[1] == pytest.approx(-0.1)  # in the midst of its second picture
+    assert rewards[2] == 0  # a dummy step
+
+
+def test_after_the_end_a_dummy_step_begins_the_next_picture(folder: Path) -> None:
+    env = make(folder, grid=1)
+    first, _ = env.reset(seed=0)
+    _, _, terminated, _, _ = env.step(constant(env, 2.0, 0.0, 1))
+    assert terminated.all()
+    observations, rewards, terminated, _, _ = env.step(constant(env, 2.0, 0.0, 1))
+    assert not terminated.any()
+    assert (rewards == 0).all()
+    assert (observations[:, 0] == 0).all()
+    assert not np.array_equal(observations, first)
+
+
+def test_repeats_by_seed(folder: Path) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        env = make(folder)
+        env.reset(seed=seed)
+        runs.append([env.step(constant(env, 3.0, 1.0, 2))[0] for _ in range(3)])
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=MODEL_VARIABLE):
+        ControlEnv("envs.vision:Denoise-v0", 2)
+    monkeypatch.setenv(MODEL_VARIABLE, str(folder))
+    with pytest.raises(UserError, match="needs a detector"):
+        ControlEnv("envs.vision:Denoise-v0", 2)
+
+
+def test_a_control_agent_trains_on_it(folder: Path, tmp_path: Path) -> None:
+    settings = {"model": str(folder), "reward": BRIGHTNESS, "prompts": CAPTIONS, "grid": 4}
+    gymnasium.register("TestDenoise-v0", vector_entry_point="envs.vision.denoise:DenoiseVectorEnv", kwargs=settings)
+    config = A2CConfig(
+        env="TestDenoise-v0", steps=32, workers=1, envs_per_worker=2, n_steps=4, segments=2, eval_episodes=2,
+        eval_every=32, log_every=16,
+    )  # fmt: skip
+    run = Runtime("a2c", RunConfig(backend="local"), RunDirectory.create(tmp_path, "run", {"job": "a2c"}))
+    train(config, run)
+    run.close()
+    assert "eval/return_mean" in run.summary_metrics()
+
+
+def test_bad_settings(folder: Path) -> None:
+    with pytest.raises(UserError, match="max_stride 0"):
+        make(folder, max_stride=0)

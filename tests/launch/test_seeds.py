@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from launch import seeds
+from launch.cli import main
+from launch.console import RunConsole
+
+COUNTING = "tests.envs.control.environments:Counting-v0"
+SETTINGS = ["--env", COUNTING, "--steps", "600", "--eval-every", "200", "--eval-episodes", "2", "--backend", "local"]
+
+
+def command(path: Path, *more: str) -> list[str]:
+    return ["train", "a2c", *SETTINGS, "--runs-dir", str(path), "--name", "many", "--seeds", "2", *more]
+
+
+def test_seeds_are_runs_of_their_own_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+    assert main(command(tmp_path, "--seed", "3", "--seeds-at-once", "2")) == 0
+    folder = tmp_path / "many"
+    for seed in (3, 4):
+        assert yaml.safe_load((folder / f"seed-{seed}" / "config.yaml").read_text())["seed"] == seed
+    found = json.loads((folder / "aggregate.json").read_text())
+    assert found["seeds"] == [3, 4]
+    figures = found["metrics"]["eval/return_mean"]
+    assert figures["mean"] == pytest.approx(np.mean(figures["values"]))
+    assert "eval/return_std" not in found["metrics"]
+    assert (folder / "curves.png").stat().st_size > 1000
+
+    written = (folder / "seed-3" / "metrics.jsonl").read_text()
+    summary = folder / "seed-4" / "summary.json"
+    killed = json.loads(summary.read_text()) | {"status": "running"}
+    summary.write_text(json.dumps(killed))
+    (folder / "aggregate.json").unlink()
+    assert main(command(tmp_path, "--seed", "3")) == 0
+    assert json.loads(summary.read_text())["status"] == "finished"
+    assert (folder / "seed-3" / "metrics.jsonl").read_text() == written
+    assert json.loads((folder / "aggregate.json").read_text()) == found
+
+
+def test_other_settings_under_the_same_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "recipe.yaml").write_text("job: a2c\nsteps: 5\n")
+    assert main(command(tmp_path)) == 2
+    assert "holds runs with other settings" in capsys.readouterr().err
+    assert main(["train", "a2c", "--seeds", "0"]) == 2
+
+
+def test_a_seed_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raising = ["--env", "tests.envs.control.environments:Raising"]
+    assert main([*command(tmp_path), *raising]) == 2
+    out = capsys.readouterr().out
+    assert "seed 0: failed with exit code 2: longstride: environment" in out
+    assert "ZeroDivisionError" in out
+    assert not (tmp_path / "many" / "aggregate.json").exists()
+
+
+def test_only_what_all_seeds_have_is_aggregated(tmp_path: Path) -> None:
+    finished = {0: {"eval/a": 1.0, "eval/b": 2.0, "train/c": 1.0}, 1: {"eval/a": 3.0, "train/c": 1.0}}
+    for seed in finished:
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "metrics.jsonl").write_text('{"step": 1, "eval/a": 2}\n{"step": 2, "ev')
+    seeds.report("a2c", tmp_path, finished, RunConsole("x"))
+    assert list(json.loads((tmp_path / "aggregate.json").read_text())["metrics"]) == ["eval/a"]
+    assert (tmp_path / "curves.png").exists()
