@@ -110,7 +110,7 @@ def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
 def show(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run") -> None:
     """Draw what is found in the first held-out images."""
     count = min(SHOWN, len(source))
-    batch = loaders.call(0, "heldout_batch", 0, count, timeout_s=config.loader_timeout_s).result()
+    batch, _ = next(in_order(loaders, "heldout_batch", [(0, count)], config.loader_timeout_s))
     found = detect(learner.averaged, batch, [(int(h), int(w)) for h, w in batch.sizes_B2], run.device, threshold=0.5)
     things = [without(d, source.stuff) for d in found]
     pictures = [with_boxes(image, d, source.names) for image, d in zip(batch.images_BHWC, things)]
