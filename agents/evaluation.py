@@ -8,7 +8,6 @@ import numpy as np
 from agents.config import ControlConfig
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, call_each
 from agents.statistics import bootstrap_interval
-from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -69,9 +68,3 @@ def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup"
         (run.directory / "rollouts" / f"{run.started_from}-{number}.gif").write_bytes(film)
     run.log(run.started_from, metrics)
     run.summarize(metrics)
-
-
-def refuse_other_environment(state: dict, env: str) -> None:
-    """Raises UserError if a checkpoint's state is of another environment."""
-    if state["env"] != env:
-        raise UserError(f"the checkpoint is of {state['env']}, not of {env}: give --env {state['env']}")

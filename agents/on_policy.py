@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_checkpoint, play_episodes, refuse_other_environment, start_workers
+from agents.evaluation import evaluate_checkpoint, play_episodes, start_workers
 from agents.moments import CLIP, Moments, Normalizer
 from agents.returns import gae
 from agents.rollout import Fragment, Snapshot, call_each, join
@@ -149,10 +150,7 @@ class Learner:
         metrics = self.update(fragment) if fragment.valid.any() else {}
         self.env_steps += int(fragment.valid.sum())
         self.round += 1
-        if not np.isfinite(list(metrics.values())).all():
-            raise UserError(
-                f"the loss is not finite at step {self.env_steps}: the last checkpoint is good; try a lower --lr"
-            )
+        refuse_infinite(metrics, self.env_steps)
         return ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {}) | metrics
 
     def rate(self, initial: float) -> float:
@@ -172,23 +170,13 @@ class Learner:
             "returns": list(self.returns),
             "observation_moments": self.observation_moments.state(),
             "return_moments": self.return_moments.state(),
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            **networks_state(self.networks, self.optimizers),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises UserError for a checkpoint of another environment or other networks."""
         refuse_other_environment(state, self.config.env)
-        for name, network in self.networks.items():
-            try:
-                network.load_state_dict(state["networks"][name])
-            except (KeyError, RuntimeError) as error:
-                raise UserError(
-                    f"the checkpoint's {name} is not that of --hidden {self.config.hidden} and this job: "
-                    f"{' '.join(str(error).split())}"
-                ) from error
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.observation_moments = Moments.from_state(state["observation_moments"])
         self.return_moments = Moments.from_state(state["return_moments"])
         self.env_steps, self.round = state["env_steps"], state["round"]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_checkpoint, play_episodes, refuse_other_environment
+from agents.evaluation import evaluate_checkpoint, play_episodes
 from agents.experience import Experience, ExperienceWorker
 from agents.noise import OrnsteinUhlenbeck
 from agents.pipeline import Pipeline
@@ -184,10 +185,7 @@ class Learner:
             for name, value in self.update(batch, generator).items():
                 figures.setdefault(name, []).append(value)
         metrics = {f"train/{name}": torch.stack(values).mean().item() for name, values in figures.items()}
-        if not np.isfinite(list(metrics.values())).all():
-            raise UserError(
-                f"the loss is not finite at step {self.env_steps}: the last checkpoint is good; try a lower --lr"
-            )
+        refuse_infinite(metrics, self.env_steps)
         metrics |= {"train/gradient_steps": self.gradient_steps, "train/policy_lag": self.lag}
         return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
 
@@ -198,23 +196,13 @@ class Learner:
             "gradient_steps": self.gradient_steps,
             "round": self.round,
             "returns": list(self.returns),
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            **networks_state(self.networks, self.optimizers),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Everything but the replay buffer. Raises UserError for a checkpoint of another environment or network."""
         refuse_other_environment(state, self.config.env)
-        for name, network in self.networks.items():
-            try:
-                network.load_state_dict(state["networks"][name])
-            except (KeyError, RuntimeError) as error:
-                raise UserError(
-                    f"the checkpoint's {name} is not that of --hidden {self.config.hidden} and this job: "
-                    f"{' '.join(str(error).split())}"
-                ) from error
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.env_steps, self.gradient_steps, self.round = (state[k] for k in ("env_steps", "gradient_steps", "round"))
         self.returns.extend(state["returns"])
 

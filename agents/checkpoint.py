@@ -1,0 +1,45 @@
+"""What every control agent keeps of its networks and optimizers, and what it refuses to read back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.errors import UserError
+
+Networks = Mapping[str, nn.Module]
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+def networks_state(networks: Networks, optimizers: Optimizers) -> dict[str, Any]:
+    return {
+        "networks": {name: network.state_dict() for name, network in networks.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+    }
+
+
+def load_networks(state: Mapping[str, Any], networks: Networks, optimizers: Optimizers, hidden: object) -> None:
+    """Raises UserError for a checkpoint of other networks."""
+    for name, network in networks.items():
+        try:
+            network.load_state_dict(state["networks"][name])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint's {name} is not that of --hidden {hidden} and this job: {' '.join(str(error).split())}"
+            ) from error
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+
+
+def refuse_infinite(metrics: Mapping[str, float], env_steps: int) -> None:
+    """Raises UserError if a loss is not finite."""
+    if not np.isfinite(list(metrics.values())).all():
+        raise UserError(f"the loss is not finite at step {env_steps}: the last checkpoint is good; try a lower --lr")
+
+
+def refuse_other_environment(state: dict, env: str) -> None:
+    """Raises UserError if a checkpoint's state is of another environment."""
+    if state["env"] != env:
+        raise UserError(f"the checkpoint is of {state['env']}, not of {env}: give --env {state['env']}")
