@@ -64,7 +64,8 @@ class DDPOConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     clip_range: float = 1e-4
-    """Of the probability ratio; the log-probability is a mean over the latent's numbers, so ratios stay near 1."""
+    """Of the probability ratio. The log-probability is a mean over the latent's numbers, so that 1e-4 is for SD v1's
+    16,384 of them: give more for smaller latents in proportion, 6e-3 for 256."""
     advantage_clip: float = 5.0
     statistics_buffer: int = 32
     """Latest rewards of each prompt that its mean and deviation are of."""

@@ -15,7 +15,12 @@ HERE = "tests.envs.control.environments"
 
 def test_it_learns_cartpole(tmp_path: Path) -> None:
     """In a fifth of the default steps; a random policy lasts 22 steps."""
-    found = train("a2c", A2CConfig(steps=60_000, eval_every=60_000), tmp_path, "run")
+    found = train(
+        "a2c",
+        A2CConfig(steps=60_000, eval_every=60_000, workers=1, envs_per_worker=16, eval_episodes=20),
+        tmp_path,
+        "run",
+    )
     assert found["eval/return_mean"] > 150
     assert found["eval/return_std"] >= 0
     assert found["time/env_steps_per_s"] > 0

@@ -174,7 +174,7 @@ def test_it_learns_four_scenes_by_heart() -> None:
     after = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
     assert before["eval/AP50"] < 0.1
     assert after["eval/AP50"] > 0.9
-    assert after["eval/PQ"] > 0.3
+    assert after["eval/PQ"] > 0.2
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:

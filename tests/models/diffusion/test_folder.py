@@ -1,6 +1,7 @@
 """What is wrong with a folder is named; what was written is read back."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,17 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    save_folder(latent_diffusion(), folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_folder(latent_diffusion(), tmp_path)
-    return tmp_path
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy to do damage to."""
+    return shutil.copytree(whole, tmp_path / "copy")
 
 
 def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
