@@ -64,6 +64,9 @@ class Victim:
         self.process.wait()
         if self.finished():
             return  # everything was written, and the process was about to go
+        self.resume()
+
+    def resume(self) -> None:
         created = (self.directory / "config.yaml").exists()
         self.process = self._start(self.again if created else self.first)
 
@@ -95,7 +98,7 @@ def main(config: Config) -> None:
     undisturbed_s = time.monotonic() - start
 
     killed = {"driver": 0, "rollout": 0}
-    rounds, problems = 0, []
+    rounds, problems, gave_up = 0, list[str](), 0
     while sum(killed.values()) < config.kills:
         rounds += 1
         victim = Victim(f"victim-{rounds}", runs_dir, "reason", flags)
@@ -113,11 +116,21 @@ def main(config: Config) -> None:
                 killed[target] += 1
                 print(killed, flush=True)
                 continue
+            if not victim.finished() and gave_up < config.kills // 3:
+                gave_up += 1  # an actor killed three times in a row while it starts ends the run, which can go on
+                victim.resume()
+                continue
             if not victim.finished():
                 problems.append(f"round {rounds} ended with exit code {code}")
             break
         problems += [f"round {rounds}: {text}" for text in differences(reference.directory, victim.directory)]
-    ours = {"kills": killed, "rounds": rounds, "differences": problems, "undisturbed_s": round(undisturbed_s, 1)}
+    ours = {
+        "kills": killed,
+        "rounds": rounds,
+        "gave_up_and_resumed": gave_up,
+        "differences": problems,
+        "undisturbed_s": round(undisturbed_s, 1),
+    }
     write_result(config.output, "random_kills", ours)
     print(json.dumps(ours, indent=2), f"\n{config.output}; runs in {runs_dir}")
     if problems:

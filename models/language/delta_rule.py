@@ -13,7 +13,8 @@ The paper's layer also has short convolutions before the features; ours has none
 
 Shapes and number formats are those of linear_attention.py; beta [B, L, H] like log_g.
 On a GPU in half precision the chunked form is flash-linear-attention's Triton kernel if that package is installed (the
-extra `fla`): its triangular inverse inside the chunk is what plain torch cannot fuse.
+extra `fla`): its triangular inverse inside the chunk is what plain torch cannot fuse. On Hopper GPUs that package
+refuses its own backward pass with Triton 3.4 to 3.7.0, whose code is wrong there; plain torch serves those.
 A token with k = 0, β = 0 and log_g = 0 leaves the state as it is.
 """
 
@@ -58,8 +59,12 @@ def chunked(
 @functools.cache
 def _fla_kernel() -> Callable[..., Any] | None:
     try:
+        import triton
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
+        return None
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if hopper and (3, 4, 0) <= tuple(int(part) for part in triton.__version__.split(".")[:3]) < (3, 7, 1):
         return None
     return cast(Callable[..., Any], chunk_gated_delta_rule)
 
