@@ -17,22 +17,30 @@ X = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
 NO_ROTATION = (torch.ones(20, 1, 8), torch.zeros(20, 1, 8))
 
 
-@torch.no_grad()
-def test_without_a_division_it_is_t5s_attention() -> None:
+def against_t5(scaling: str) -> tuple[float, float]:
+    """Largest difference to T5's attention with the same weights: outputs, and gradients of input and weights."""
     t5 = T5Config(d_model=64, d_kv=16, num_heads=4, dropout_rate=0.0)
     torch.manual_seed(0)
     oracle = T5Attention(t5, has_relative_attention_bias=False, layer_idx=0).eval()
-    config = replace(DENSE, num_key_value_heads=4, qk_norm=False, attention_scaling="none")
-    ours = SoftmaxAttention(config)
-    for our_name, their_name in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("o_proj", "o")):
-        getattr(ours, our_name).weight.copy_(getattr(oracle, their_name).weight)
+    ours = SoftmaxAttention(replace(DENSE, num_key_value_heads=4, qk_norm=False, attention_scaling=scaling))
+    pairs = [(getattr(ours, f"{name}_proj").weight, getattr(oracle, name).weight) for name in "qkvo"]
+    for mine, theirs in pairs:
+        mine.data.copy_(theirs)
     mask = torch.full((20, 20), -torch.inf).triu(1)[None, None]
-    expected = oracle(X[None], mask=mask)[0][0]
-    packing = Packing.of([20])
-    torch.testing.assert_close(ours(X, packing, NO_ROTATION, None), expected, atol=1e-5, rtol=1e-5)
-    divided = SoftmaxAttention(replace(config, attention_scaling="sqrt"))
-    divided.load_state_dict(ours.state_dict())
-    assert (divided(X, packing, NO_ROTATION, None) - expected).abs().max() > 0.01
+    mine, theirs = X.clone().requires_grad_(), X.clone().requires_grad_()
+    output, expected = ours(mine, Packing.of([20]), NO_ROTATION, None), oracle(theirs[None], mask=mask)[0][0]
+    for result in (output, expected):
+        result.square().sum().div(20).backward()
+    gradients = [(mine.grad, theirs.grad), *((a.grad, b.grad) for a, b in pairs)]
+    worst = max((a - b).abs().max().item() for a, b in gradients if a is not None and b is not None)
+    return (output - expected).abs().max().item(), worst
+
+
+def test_without_a_division_it_is_t5s_attention() -> None:
+    forward, gradients = against_t5("none")
+    assert forward <= 1e-5
+    assert gradients <= 1e-4
+    assert against_t5("sqrt")[0] > 0.01
 
 
 @pytest.mark.parametrize(("scaling", "divisor"), [("sqrt", 4.0), ("inverse", 16.0), ("none", 1.0)])
