@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.language.config import LanguageConfig
-from models.language.linear_attention import chunked
+from models.language.linear_attention import CHUNK, chunked
 from models.language.norm import RMSNorm
 from models.language.recurrent import RecurrentMixer, Rotation
 from models.language.rope import rotate
@@ -65,7 +65,7 @@ class KernelAttention(RecurrentMixer):
 
     def mix(self, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
-        z = k.cumsum(1)
+        z = running_sum(k)
         if state is not None:
             z = z + state[:, None, ..., -1]
         memory = None if state is None else state[..., :-1]
@@ -80,6 +80,15 @@ class KernelAttention(RecurrentMixer):
 
     def finish(self, o_T: Tensor, x_TD: Tensor) -> Tensor:
         return self.o_proj(o_T.to(x_TD.dtype).flatten(-2))
+
+
+def running_sum(x_BLHF: Tensor) -> Tensor:
+    """Sum over each token and those before it. By chunks, since `cumsum` on a GPU walks a dimension that is not the
+    last with one thread for each column."""
+    length = x_BLHF.shape[1]
+    within = F.pad(x_BLHF, (0, 0, 0, 0, 0, -length % CHUNK)).unflatten(1, (-1, CHUNK)).cumsum(2)
+    before = F.pad(within[:, :-1, -1].cumsum(1), (0, 0, 0, 0, 1, 0))
+    return (within + before[:, :, None]).flatten(1, 2)[:, :length]
 
 
 class EluAttention(KernelAttention):
