@@ -187,6 +187,6 @@ class Session:
         rng = random.Random(derive_seed(self.run.seed, "direct"))
         solutions = [p.solution or "" for p in problems]
         texts = [THOUGHT.sub(EMPTY, s) if rng.random() < direct_share else s for s in solutions]
-        if direct_share and texts == solutions:
+        if direct_share and problems and texts == solutions:
             raise UserError(f"--sft.direct-share {direct_share}: no solution has the form {EMPTY}, with work inside")
         return [Sample(self.dialogue.prompt(p.prompt), self.dialogue.answer(t), []) for p, t in zip(problems, texts)]
