@@ -4,6 +4,7 @@ by renaming a transformers model's tensors to the published key lists: the real 
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models.detr.detr import IMAGE_MEAN, Detr
 from models.detr.names import from_original, to_original
 from models.errors import UserError
 from tests.models.detr.conftest import peer_model
+from tests.models.detr.small import SMALL
 
 Batch = tuple[Tensor, Tensor]
 
@@ -121,16 +123,7 @@ def test_original_and_ours_are_one_to_one() -> None:
 def test_folder_with_timm_names(batch: Batch, tmp_path: Path) -> None:
     """As facebook/detr-resnet-50 has them. Also tells ResNet-18's shape from its name alone."""
     resnet18 = ResNetConfig("basic", (2, 2, 2, 2), (64, 128, 256, 512))
-    config = DetrConfig(
-        num_labels=3,
-        num_queries=5,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        backbone=resnet18,
-    )
+    config = replace(SMALL, num_labels=3, mask_head=False, backbone=resnet18)
     torch.manual_seed(0)
     model = Detr(config).eval()
     save_detr(model, tmp_path)
@@ -153,15 +146,10 @@ def test_folder_with_timm_names(batch: Batch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mask_head", [False, True])
 @pytest.mark.parametrize("num_labels", [2, 4])
 def test_what_we_save_transformers_loads(mask_head: bool, num_labels: int, batch: Batch, tmp_path: Path) -> None:
-    config = DetrConfig(
+    config = replace(
+        SMALL,
         num_labels=num_labels,
         labels=("ant", "bee", "cat", "dog")[:num_labels],
-        num_queries=5,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
         mask_head=mask_head,
         backbone=ResNetConfig("basic", (1, 1, 1, 1), (8, 16, 16, 24), 8),
     )

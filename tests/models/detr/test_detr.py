@@ -6,18 +6,7 @@ from models.detr.detr import Detr, normalise_images
 from models.detr.position import sine_position
 from models.detr.resnet import ResNet, fold_batch_norms
 from models.errors import UserError
-
-SMALL = DetrConfig(
-    num_labels=4,
-    num_queries=5,
-    d_model=32,
-    encoder_layers=1,
-    decoder_layers=2,
-    encoder_ffn_dim=32,
-    decoder_ffn_dim=32,
-    mask_head=True,
-    backbone=ResNetConfig("bottleneck", (1, 1, 1), (16, 32, 32), 8),
-)
+from tests.models.detr.small import SMALL
 
 
 def test_padding_changes_nothing() -> None:
