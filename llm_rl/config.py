@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from envs.reasoning.scene_prompts import SceneJudgeConfig
+
 
 @dataclass
 class PolicyConfig:
@@ -146,7 +148,7 @@ class LanguageJob:
 
     model: Path | None = None  # a Hugging Face folder (Qwen3, Qwen3-MoE, Llama, or ours); None makes `policy`
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    problems: tuple[str, ...] = ()  # `gym:FAMILY?param=value`, or a .jsonl/.parquet file
+    problems: tuple[str, ...] = ()  # `gym:FAMILY?param=value`, `scene:prompt`, or a .jsonl/.parquet file
     count: int = 2000  # problems drawn from each generated source
     system_prompt: str = ""
     engine: Literal["vllm", "torch"] = "vllm"  # who samples; there is no fallback from one to the other
@@ -157,6 +159,7 @@ class LanguageJob:
     save_every: int = 10  # RL iterations (or 20 times as many SFT steps) between checkpoints
     verifier_workers: int = 1
     verifier_timeout_s: float = 5.0
+    scene: SceneJudgeConfig = field(default_factory=SceneJudgeConfig)  # the verifier of scene:prompt
 
 
 @dataclass

@@ -19,17 +19,20 @@ def heldout_metrics(
     greedy: Sequence[bool],
     sampled: Sequence[Sequence[bool]],
     completions: Sequence[Sequence[Completion]],
+    rewards: Sequence[Sequence[float]],
 ) -> dict[str, float]:
     """Flat metrics of one evaluation of the policy called `tag` (base, sft, rl, ...).
 
-    One entry per problem in each sequence; `sampled` and `completions` hold that problem's k samples.
-    `heldout/pass@1/<tag>` is the mean correctness of sampling, `heldout/greedy/<tag>` that of the greedy answer.
+    One entry per problem in each sequence; `sampled`, `completions` and `rewards` hold that problem's k samples.
+    `heldout/pass@1/<tag>` is the mean correctness of sampling, `heldout/greedy/<tag>` that of the greedy answer,
+    `heldout/reward/<tag>` the mean reward, which counts answers that are partly right.
     """
     k = len(sampled[0])
     rates = [sum(row) / k for row in sampled]
     metrics = {
         f"heldout/pass@1/{tag}": mean(rates),
         f"heldout/greedy/{tag}": mean(greedy),
+        f"heldout/reward/{tag}": mean([reward for row in rewards for reward in row]),
         f"heldout/mean_tokens/{tag}": mean([len(c.tokens) for row in completions for c in row]),
         f"heldout/unfinished/{tag}": mean([c.finish == "length" for row in completions for c in row]),
     }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.reasoning.problem import Problem
-from envs.reasoning.sources import load_problems
+from envs.reasoning.sources import is_generated, load_problems
 from llm_rl.config import LanguageJob
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -61,7 +61,3 @@ def _hold_out(config: LanguageJob, seed: int) -> list[Problem]:
                 raise UserError(f"`{source}` holds one problem, and one must be held out: add problems")
             heldout += load_problems(source, min(config.eval.count, max(1, int(count * HELD_OUT_SHARE))), seed)
     return heldout
-
-
-def is_generated(source: str) -> bool:
-    return source.startswith("gym:")

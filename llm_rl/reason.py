@@ -188,11 +188,13 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     learner_gib = gib * (2 if wide else 4)
     if not config.rl.lora.rank or (config.sft.steps and not config.sft.lora.rank):
         learner_gib += gib * (18 if wide else 12)  # gradients, float32 masters and moments; of adapters next to nothing
+    draws = any(source.startswith("scene:") for source in config.problems)
     engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
         ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
         (f"rollout ({config.engine})", rollout.workers, 1.0, rollout.gpu_share, 0.9 + engine_gib),
         ("verifier", config.verifier_workers, 1.0, 0.0, 0.3),
+        *([("scene judge", config.scene.workers, 1.0, config.scene.gpu_share, 1.0)] if draws else []),
     ]
 
 
@@ -230,6 +232,6 @@ def show_result(run: "Run", config: ReasonConfig) -> None:
     rows = []
     for tag in ("base", "sft", "rl"):
         if f"heldout/pass@1/{tag}" in figures:
-            row = [figures.get(f"heldout/{name}/{tag}") for name in ("pass@1", "greedy", "mean_tokens")]
+            row = [figures.get(f"heldout/{name}/{tag}") for name in ("pass@1", "greedy", "reward", "mean_tokens")]
             rows.append([tag, *(f"{value:.3f}" if value is not None else "" for value in row)])
-    run.table("held-out problems", ["policy", "pass@1", "greedy", "mean tokens"], rows)
+    run.table("held-out problems", ["policy", "pass@1", "greedy", "reward", "mean tokens"], rows)

@@ -1,5 +1,6 @@
 """Which problems to train on next: curriculum and prioritised sampling (Kimi k1.5, section 2.3.4)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,5 +97,5 @@ def levels(difficulties: Sequence[float]) -> np.ndarray:
 
 
 def family(problem: Problem) -> str:
-    """`gym:chain_sum` of `gym:chain_sum?min_terms=2#17`; the file of a file's problem."""
-    return problem.id.split("?")[0].split("#")[0]
+    """`gym:chain_sum` of `gym:chain_sum?min_terms=2@0#17`; the file of a file's problem."""
+    return re.sub(r"(\?[^#]*)?(@\d+)?(#\d+)?$", "", problem.id)

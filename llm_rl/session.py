@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.problem import Problem, Verdict
-from envs.reasoning.verifier_pool import VerifierPool
 from llm_rl.batch import Sample
 from llm_rl.config import LanguageJob
 from llm_rl.evaluation import heldout_metrics
@@ -22,6 +21,7 @@ from llm_rl.problem_sets import load_problem_sets
 from llm_rl.rollout import RolloutWorker, collect
 from llm_rl.sampler import family
 from llm_rl.tokenizer import Dialogue
+from llm_rl.verifiers import Verifiers
 from models.errors import UserError
 from models.language.checkpoint import read_config
 from models.seeding import derive_seed
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launch.run import Run
 
 
+SHOWN = 16  # held-out problems whose pictures an evaluation keeps, where there are any
 EMPTY = "<think></think>"
 THOUGHT = re.compile("<think>.*</think>", re.DOTALL)
 
@@ -67,6 +68,7 @@ class Session:
         context = self._context(max_tokens, language.max_position_embeddings)
         stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
         self.sampling = SamplingConfig(temperature, max_tokens, stops)
+        self.verifiers = Verifiers(config, run, [*self.sets.train, *self.sets.heldout])
         gpu = run.device == "cuda"
         rollout, learner = config.rollout, config.learner
         self.learner = run.actors(
@@ -92,7 +94,6 @@ class Session:
             adapter_rank,
             name="rollout",
         )
-        self.verifiers = VerifierPool(config.verifier_workers, config.verifier_timeout_s)
         self.version = 0
         self.what = ("adapter", "load_adapter") if adapter_rank else ("weights", "load_weights")
 
@@ -157,7 +158,11 @@ class Session:
             [row[0].verdict.correct for row in greedy],
             [[a.verdict.correct for a in row] for row in sampled],
             [[a.completion for a in row] for row in sampled],
+            [[a.verdict.reward for a in row] for row in sampled],
         )
+        pictures = self.verifiers.pictures([row[0].text for row in greedy[:SHOWN]])
+        if len(pictures):
+            self.run.images(step, f"heldout/{tag}", pictures)
         self.record(step, f"heldout-{tag}", problems, sampled)
         self.run.log(step, metrics)
         self.run.summarize(metrics)

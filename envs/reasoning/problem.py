@@ -10,7 +10,8 @@ class Problem:
     """One question with a checkable answer.
 
     id: stable over runs and machines; names the source and the index, e.g. `gym:chain_sum?min_terms=2#17`.
-    verifier: name of the check, `gym` (the dataset's own scorer), `math` (math-verify) or `exact`.
+    verifier: name of the check, `gym` (the dataset's own scorer), `math` (math-verify), `exact`, or `scene`
+        (models that draw and look, in actors of their own).
     solution: a worked solution ending in the answer, the target of supervised fine-tuning; None where there is none.
     difficulty: any number that grows with difficulty (size of the instance, a label); None if unknown.
     metadata: plain JSON data that the verifier needs (the reasoning-gym entry).
@@ -27,7 +28,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward in [0, 1], and why: `correct`, `partial`, `wrong`, `unparsable`, `timeout`, `crash`, `too_long`."""
+    """reward in [0, 1], and why: `correct`, `partial`, `wrong`, `unparsable`, `timeout`, `crash`, `too_long`, or `lost`
+    where no verifier was left to ask."""
 
     reward: float
     reason: str

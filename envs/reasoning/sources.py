@@ -1,9 +1,10 @@
-"""Where problems come from: reasoning-gym families, JSONL files, Parquet files.
+"""Where problems come from: reasoning-gym families, scenes to write prompts for, JSONL files, Parquet files.
 
 Problems of one load have distinct ids and distinct prompts. Training and held-out problems are kept apart by passing
 the one as `exclude` of the other: seeds alone do not do it where a family has few questions.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 from envs.reasoning import gym_dataset
 from envs.reasoning.problem import Problem
+from envs.reasoning.scene_prompts import parse_scene_source, scene_problems
 from envs.reasoning.solutions import worked_solution
 from envs.reasoning.verify import CHECKS
 from models.errors import UserError, unknown_name
@@ -24,15 +26,24 @@ log = logging.getLogger(__name__)
 _CHUNK = 512  # reasoning-gym items drawn from one seed; fixed, so that a longer load begins with a shorter one
 
 
+_SCENE_TRIES = 20  # scenes drawn for each one that is wanted
+
+
+def is_generated(spec: str) -> bool:
+    """Whether the source has no end."""
+    return spec.startswith(("gym:", "scene:"))
+
+
 def load_problems(spec: str, count: int | None, seed: int, exclude: Iterable[Problem] = ()) -> list[Problem]:
     """Load `count` problems whose prompts are distinct and not among those of `exclude`.
 
-    spec: `gym:FAMILY?param=value&...`, or a path to a `.jsonl` or `.parquet` file with the string fields `prompt` and
-    `answer` and optionally `solution`, `id`, `verifier` (`math`, the default, or `exact`) and the number `difficulty`.
-    count: None is the whole file; a number draws that many, in an order given by `seed`. A gym family needs a number.
-    Ids: `gym:FAMILY?...@SEED#N`, or the file's name and line (`problems.jsonl#12`).
+    spec: `gym:FAMILY?param=value&...`, `scene:prompt?param=value&...`, or a path to a `.jsonl` or `.parquet` file with
+    the string fields `prompt` and `answer` and optionally `solution`, `id`, `verifier` (`math`, the default, or
+    `exact`) and the number `difficulty`.
+    count: None is the whole file; a number draws that many, in an order given by `seed`. Generated sources need one.
+    Ids: `gym:FAMILY?...@SEED#N`, `scene:prompt?...@SEED#N`, or the file's name and line (`problems.jsonl#12`).
 
-    The same arguments give the same problems in the same order, and a longer load of a gym family begins with a
+    The same arguments give the same problems in the same order, and a longer load of a generated source begins with a
     shorter one. Raises UserError for whatever cannot be read, and if there are fewer than `count` such problems.
     """
     if count is not None and count < 1:
@@ -40,9 +51,13 @@ def load_problems(spec: str, count: int | None, seed: int, exclude: Iterable[Pro
     excluded = {problem.prompt for problem in exclude}
     if spec.startswith("gym:"):
         return _load_gym(spec, count, seed, excluded)
+    if spec.startswith("scene:"):
+        return _load_scenes(spec, count, seed, excluded)
     rows = {".jsonl": _rows_of_jsonl, ".parquet": _rows_of_parquet}.get(Path(spec).suffix)
     if rows is None:
-        raise UserError(f"problems `{spec}`: use gym:FAMILY?param=value, or a path ending in .jsonl or .parquet")
+        raise UserError(
+            f"problems `{spec}`: use gym:FAMILY?param=value, scene:prompt, or a path ending in .jsonl or .parquet"
+        )
     return _load_file(Path(spec), rows, count, seed, excluded)
 
 
@@ -69,6 +84,20 @@ def _load_gym(text: str, count: int | None, seed: int, seen: set[str]) -> list[P
             )
         chunk += 1
     return problems
+
+
+def _load_scenes(text: str, count: int | None, seed: int, seen: set[str]) -> list[Problem]:
+    source = parse_scene_source(text)
+    if count is None:
+        raise UserError(f"`{source}` has no end: say how many problems")
+    problems: list[Problem] = []
+    for problem in itertools.islice(scene_problems(source, seed), _SCENE_TRIES * count):
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            problems.append(problem)
+            if len(problems) == count:
+                return problems
+    raise UserError(f"`{source}` has too few different scenes for {count} problems: ask for fewer, or more objects")
 
 
 def _gym_problem(spec: gym_dataset.GymSpec, entry: Mapping[str, Any], id: str) -> Problem:

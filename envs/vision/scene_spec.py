@@ -13,7 +13,9 @@ The grammar of captions:
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -117,9 +119,9 @@ class SceneSpec:
 
 _OBJECT = re.compile(
     rf"an? (?:(?P<size>small|large) )?(?:(?P<texture>striped|dotted) )?(?P<colour>{'|'.join(COLOURS)}) "
-    rf"(?:handwritten (?P<digit>\d)|(?P<shape>{'|'.join(SHAPES)})) "
+    rf"(?:handwritten (?P<digit>\d)|(?P<shape>{'|'.join(SHAPES)}))"
     # Longest first: "at the top" begins "at the top left".
-    rf"(?P<place>{'|'.join(sorted(PLACES, key=len, reverse=True))})"
+    rf"(?: (?P<place>{'|'.join(sorted(PLACES, key=len, reverse=True))}))?"
 )
 _BACKGROUND = re.compile(rf"a (?P<pattern>{'|'.join(PATTERNS)}) (?P<colour>{'|'.join(BACKGROUND_COLOURS)}) background")
 
@@ -134,11 +136,9 @@ def parse_caption(caption: str) -> SceneSpec:
     position = 0
     while position < len(listed):
         thing = _OBJECT.match(listed, position)
-        if thing is None:
+        if thing is None or not thing["place"]:
             raise UserError(f"caption {caption!r}: not an object with a place: {listed[position:]!r}")
-        kind = thing["digit"] or thing["shape"]
-        size, texture = thing["size"] or "medium", thing["texture"] or "solid"
-        objects.append(ObjectSpec(kind, thing["colour"], size, texture, PLACES.index(thing["place"])))
+        objects.append(_object(thing.groupdict(), PLACES.index(thing["place"])))
         position = thing.end()
         for joint in (", ", " and "):
             if listed.startswith(joint, position):
@@ -147,6 +147,27 @@ def parse_caption(caption: str) -> SceneSpec:
     if separator and not objects:
         raise UserError(f"caption {caption!r}: names no object before the background")
     return SceneSpec(tuple(objects), found["pattern"], found["colour"])
+
+
+def understood(text: str, rng: np.random.Generator) -> SceneSpec:
+    """What of any text the grammar can make sense of: its objects, as many as there are places, and its background.
+
+    What it leaves open, an object's place or the background, comes from `rng`.
+    """
+    objects = []
+    for thing in list(_OBJECT.finditer(text))[: len(PLACES)]:
+        place = PLACES.index(thing["place"]) if thing["place"] else int(rng.integers(len(PLACES)))
+        digits_are_solid = {"texture": None} if thing["digit"] else {}
+        objects.append(_object(thing.groupdict() | digits_are_solid, place))
+    by_chance = sample_spec(rng, 0, 0)
+    found = _BACKGROUND.search(text)
+    pattern, background = (found["pattern"], found["colour"]) if found else (by_chance.pattern, by_chance.background)
+    return SceneSpec(tuple(objects), pattern, background)
+
+
+def _object(thing: Mapping[str, Any], place: int) -> ObjectSpec:
+    kind, size, texture = thing["digit"] or thing["shape"], thing["size"] or "medium", thing["texture"] or "solid"
+    return ObjectSpec(kind, thing["colour"], size, texture, place)
 
 
 def sample_spec(rng: np.random.Generator, min_objects: int, max_objects: int) -> SceneSpec:

@@ -28,10 +28,12 @@ def test_metrics_by_hand() -> None:
         greedy=[True, False],
         sampled=[[True, True], [True, False]],
         completions=[[completion(2), completion(4)], [completion(6), completion(8, "length")]],
+        rewards=[[1.0, 1.0], [1.0, 0.5]],
     )
     assert metrics["heldout/pass@1/rl"] == 0.75
     assert metrics["heldout/pass@2/rl"] == 1.0
     assert metrics["heldout/greedy/rl"] == 0.5
     assert metrics["heldout/mean_tokens/rl"] == 5.0
+    assert metrics["heldout/reward/rl"] == 0.875
     assert metrics["heldout/unfinished/rl"] == 0.25
     assert metrics["heldout/pass@1/rl/gym:b"] == 0.5
