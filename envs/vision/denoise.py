@@ -20,7 +20,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from envs.vision.image_rewards import AGREEMENT, RewardScorer
-from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.scenes import SceneConfig, Split, make_scene
+from envs.vision.settings import vision_device, vision_split
 from envs.vision.shipped_weights import scenes_model
 from models.diffusion.folder import load_folder
 from models.diffusion.noise_schedule import draw_noise
@@ -29,6 +30,7 @@ from models.errors import UserError
 
 MODEL_VARIABLE, DETECTOR_VARIABLE = "LONGSTRIDE_DENOISE_MODEL", "LONGSTRIDE_DENOISE_DETECTOR"
 MAX_GUIDANCE = 10.0
+SCENES = SceneConfig(max_objects=3)  # as those that the diffusion model of scenes was trained on
 
 
 class DenoiseVectorEnv(VectorEnv):
@@ -41,7 +43,8 @@ class DenoiseVectorEnv(VectorEnv):
 
     model: Stable Diffusion folder, by default what LONGSTRIDE_DENOISE_MODEL names, or else the one that comes with the
     package. reward: as `longstride train ddpo` has them; detector: of scene-agreement, by default what
-    LONGSTRIDE_DENOISE_DETECTOR names, or else the package's. prompts: by default captions of scenes. cost: of a step.
+    LONGSTRIDE_DENOISE_DETECTOR names, or else the package's. prompts: by default captions of the scenes of a split.
+    cost: of a step. split, device: settings.py has the defaults.
     Autoreset is NEXT_STEP. Raises UserError for models and rewards that cannot be loaded, and for rewards that fail.
     """
 
@@ -57,7 +60,8 @@ class DenoiseVectorEnv(VectorEnv):
         grid: int = 20,
         max_stride: int = 4,
         cost: float = 0.02,
-        device: str = "cpu",
+        split: Split | None = None,
+        device: str | None = None,
     ) -> None:
         if max_stride < 1 or cost < 0:
             raise UserError(f"Denoise-v0: max_stride {max_stride} must be positive, cost {cost} not negative")
@@ -65,13 +69,14 @@ class DenoiseVectorEnv(VectorEnv):
         eye = None
         if reward == AGREEMENT:
             eye = scenes_model("detr", detector or os.environ.get(DETECTOR_VARIABLE), DETECTOR_VARIABLE)
+        device, split = vision_device(device), vision_split(split)
         self.num_envs, self.cost, self.max_stride = num_envs, cost, max_stride
         self._model = load_folder(model, device=device)
         self._scorer = RewardScorer(reward, eye, device)
         self._ddim = DDIM(self._model.scheduler.with_name("ddim"), grid)
         self._alpha_bars = torch.tensor(self._ddim.alpha_bars(), device=device)  # of the grid and of its end
         self._times = torch.tensor(self._ddim.timesteps, device=device)
-        self._prompts = list(prompts) or [make_scene(SceneConfig(), 0, i).caption for i in range(256)]
+        self._prompts = list(prompts) or [make_scene(SCENES, 0, i, split).caption for i in range(256)]
         self._contexts_PME = self._model.encode_prompts(self._prompts)
         self._empty_ME = self._model.encode_prompts([""])[0]
         channels = self._model.unet.config.in_channels

@@ -33,6 +33,7 @@ from torch import Tensor
 from envs.vision.box_quality import box_ious, box_quality
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
+from envs.vision.settings import vision_device, vision_split
 from envs.vision.shipped_weights import scenes_model
 from models.detr.checkpoint import load_detr
 from models.detr.detr import DetrOutput, normalise_images
@@ -92,7 +93,7 @@ class DetectVectorEnv(VectorEnv):
     """eye: a DETR's folder, or anything that finds objects in images; None: what LONGSTRIDE_DETECT_EYE names, or else
     the detector that comes with the package.
 
-    max_looks: an episode ends after so many. device: where a folder's DETR runs.
+    max_looks: an episode ends after so many. split, device (of a folder's DETR): settings.py has the defaults.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012  (gymnasium's way)
@@ -104,16 +105,16 @@ class DetectVectorEnv(VectorEnv):
         continuous: bool = False,
         cost: float = 0.02,
         max_looks: int = 12,
-        split: Split = "train",
-        device: str = "cpu",
+        split: Split | None = None,
+        device: str | None = None,
     ) -> None:
         if not 0 <= cost < 1 or max_looks < 1:
             raise UserError(f"Detect-v0: cost {cost} and max_looks {max_looks}: a cost from 0 to 1, at least one look")
         self.num_envs, self.continuous = num_envs, continuous
-        self.cost, self.max_looks, self.split = cost, max_looks, split
+        self.cost, self.max_looks, self.split = cost, max_looks, vision_split(split)
         if eye is None or isinstance(eye, str | Path):
             named = eye or os.environ.get(EYE_VARIABLE)
-            eye = DetrEye(scenes_model("detr", named, EYE_VARIABLE), device=device)
+            eye = DetrEye(scenes_model("detr", named, EYE_VARIABLE), device=vision_device(device))
         self.eye: Eye = eye
         size = THUMBNAIL**2 + len(WINDOWS) + MAP**2 + 1
         self.single_observation_space = gymnasium.spaces.Box(-1, 1, (size,), np.float32)

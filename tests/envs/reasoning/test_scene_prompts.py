@@ -60,7 +60,7 @@ def test_careless_solutions_name_no_places() -> None:
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("scene:promt", "did you mean prompt"),
+        ("scene:promt", "did you mean `prompt`"),
         ("scene:prompt?max_object=2", "max_objects"),
         ("scene:prompt?max_objects=two", "must be a number"),
         ("scene:prompt?max_objects=10", "from 1 to 9"),

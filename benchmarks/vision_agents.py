@@ -1,0 +1,164 @@
+"""Detect-v0 and Denoise-v0: control agents beside random actions and the best fixed schedule, on held-out scenes.
+
+python -m benchmarks.vision_agents --device cuda                                   # with the models of the package
+python -m benchmarks.vision_agents --toy --detector FOLDER --diffusion FOLDER      # to see that it runs, on a CPU
+
+Each agent is trained by its recipe (a2c-detect.yaml, ...) for each seed, and its last policy evaluated by `longstride
+evaluate` on scenes of the held-out split. The fixed schedules are compared on training scenes; the best of them, and
+random actions, are then played on held-out ones. Results are written after every environment and agent.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import tyro
+
+from benchmarks.record import write_result
+from envs.vision.denoise import DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
+from envs.vision.detect import EYE_VARIABLE, STOP
+from envs.vision.settings import DEVICE_VARIABLE, SPLIT_VARIABLE
+
+Policy = Callable[[int, np.random.Generator], Any]  # (steps so far, rng) → an action
+ENVIRONMENTS = {"detect": "Detect-v0", "denoise": "Denoise-v0"}
+MAX_STRIDE = 4  # of Denoise-v0
+
+
+@dataclasses.dataclass
+class Config:
+    environments: tuple[Literal["detect", "denoise"], ...] = ("detect", "denoise")
+    agents: tuple[str, ...] = ("a2c", "trpo", "ddpg")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int | None = None
+    """Environment steps of training; None: the recipe's."""
+    episodes: int = 100
+    """Of each evaluation."""
+    detector: Path | None = None
+    diffusion: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the environments' models run; the agents' own networks stay on the CPU."""
+    toy: bool = False
+    output: Path = Path("benchmarks/results/vision_agents.json")
+
+
+def main(config: Config) -> None:
+    if config.toy:
+        config = dataclasses.replace(config, steps=256, episodes=4, seeds=config.seeds[:1])
+    os.environ[DEVICE_VARIABLE] = config.device
+    for folder, variables in (
+        (config.detector, (EYE_VARIABLE, DETECTOR_VARIABLE)),
+        (config.diffusion, (MODEL_VARIABLE,)),
+    ):
+        if folder:
+            os.environ.update(dict.fromkeys(variables, str(folder.resolve())))
+    for name in config.environments:
+        baselines = play_baselines(config, name)
+        print(name, json.dumps(baselines), flush=True)
+        agents: dict[str, Any] = {}
+        try:
+            for agent in config.agents:
+                agents[agent] = []
+                for seed in config.seeds:
+                    agents[agent].append(trained(config, agent, name, seed))
+                    print(name, agent, seed, agents[agent][-1], flush=True)
+        finally:  # also if it is cut short
+            means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
+            best = max(baselines["random"], baselines["fixed"])
+            above = {agent: round(mean - best, 4) for agent, mean in means.items()}
+            write_result(config.output, f"vision_agents/{name}", agents, baselines, {"above_best_baseline": above})
+
+
+def play_baselines(config: Config, name: str) -> dict[str, Any]:
+    """Mean returns on held-out scenes, and the schedule that did best on training scenes."""
+    schedules = detect_schedules() if name == "detect" else denoise_schedules()
+    on_training = {label: mean_return(config, name, "train", policy) for label, policy in schedules.items()}
+    best = max(on_training, key=lambda label: on_training[label])
+    anything = random_window if name == "detect" else random_steering
+    return {
+        "random": mean_return(config, name, "heldout", anything),
+        "fixed": mean_return(config, name, "heldout", schedules[best]),
+        "fixed_schedule": best,
+        "schedules_on_training_scenes": on_training,
+    }
+
+
+def mean_return(config: Config, name: str, split: str, policy: Policy) -> float:
+    """Of one episode in each environment of a vector."""
+    env = gymnasium.make_vec(ENVIRONMENTS[name], num_envs=config.episodes, split=split)
+    env.reset(seed=10_000)
+    rng, totals, running, step = np.random.default_rng(0), np.zeros(config.episodes), np.ones(config.episodes, bool), 0
+    while running.any():
+        actions = np.array([policy(step, rng) for _ in range(config.episodes)])
+        _, rewards, terminated, truncated, _ = env.step(actions)
+        totals += rewards * running
+        running &= ~(terminated | truncated)
+        step += 1
+    env.close()
+    return round(float(totals.mean()), 4)
+
+
+def detect_schedules() -> dict[str, Policy]:
+    orders = {"the whole": [0], "four quarters": [1, 2, 3, 4], "twelve close-ups": list(range(5, 17))}
+    return {f"{label}, then stop": _in_turn(order) for label, order in orders.items()}
+
+
+def _in_turn(windows: Sequence[int]) -> Policy:
+    return lambda step, rng: windows[step] if step < len(windows) else STOP
+
+
+def random_window(step: int, rng: np.random.Generator) -> int:
+    return int(rng.integers(STOP + 1))
+
+
+def denoise_schedules() -> dict[str, Policy]:
+    """Constant guidance and stride, without fresh noise."""
+    pairs = itertools.product((1.0, 2.0, 4.0, 7.0), (1, 2, 4))
+    return {f"guidance {guidance:g}, stride {stride}": _steering(guidance, stride) for guidance, stride in pairs}
+
+
+def _steering(guidance: float, stride: int) -> Policy:
+    action = [(guidance - 1) / (MAX_GUIDANCE - 1) * 2 - 1, -1.0, (stride - 1) / (MAX_STRIDE - 1) * 2 - 1]
+    return lambda step, rng: np.array(action, np.float32)
+
+
+def random_steering(step: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(-1, 1, 3).astype(np.float32)
+
+
+def trained(config: Config, agent: str, name: str, seed: int) -> float:
+    """The return on held-out scenes of a policy that was trained on others."""
+    with tempfile.TemporaryDirectory(prefix="vision-agents-") as runs_dir:
+        common = ["--runs-dir", runs_dir]
+        train = ["train", agent, "--recipe", f"{agent}-{name}", "--name", "run", "--seed", str(seed), *common]
+        train += ["--backend", "local", "--eval-episodes", str(config.episodes)]
+        if config.steps:
+            train += ["--steps", str(config.steps), "--eval-every", str(config.steps)]
+        launch(train, split="train")
+        launch(["evaluate", "run", *common], split="heldout")
+        summary = json.loads((Path(runs_dir) / "run" / "summary.json").read_text())
+    return round(summary["metrics"]["eval/return_mean"], 4)
+
+
+def launch(arguments: list[str], split: str) -> None:
+    environment = os.environ | {SPLIT_VARIABLE: split}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    import envs.vision  # registers the environments
+
+    assert envs.vision
+    main(tyro.cli(Config))
