@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if config.toy:
         config = dataclasses.replace(config, steps=256, episodes=4, seeds=config.seeds[:1])
     os.environ[DEVICE_VARIABLE] = config.device
@@ -70,7 +72,7 @@ def main(config: Config) -> None:
                 for seed in config.seeds:
                     agents[agent].append(trained(config, agent, name, seed))
                     print(name, agent, seed, agents[agent][-1], flush=True)
-        finally:  # also if it is cut short
+        finally:  # also if it is cut short, by Ctrl-C or SIGTERM
             means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
             best = max(baselines["random"], baselines["fixed"])
             above = {agent: round(mean - best, 4) for agent, mean in means.items()}
