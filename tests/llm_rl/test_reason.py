@@ -248,3 +248,12 @@ def test_plan_names_every_actor() -> None:
     from llm_rl.config import ReasonConfig
 
     assert [row[0] for row in reason.plan(ReasonConfig())] == ["learner", "rollout (vllm)", "verifier"]
+
+
+def test_scenes_to_write_prompts_for(tmp_path: Path) -> None:
+    flags = shlex.split("""--problems scene:prompt?max_objects=1 --scene.drawer renderer --rl.iterations 1
+        --rl.max-tokens 8 --policy.max-position-embeddings 512 --eval.count 3""")
+    assert train(tmp_path, "scenes", *flags) == 0
+    metrics = json.loads((tmp_path / "scenes" / "summary.json").read_text())["metrics"]
+    assert {"heldout/reward/rl", "heldout/pass@1/rl/scene:prompt"} <= metrics.keys()
+    assert (tmp_path / "scenes" / "images" / "7-heldout-rl.png").is_file()
