@@ -15,7 +15,8 @@ import tyro
 
 from benchmarks.record import write_result
 
-LORA_FLAGS = ("--rl.lora.rank", "16", "--rl.lora.targets", "all-linear", "experts.gate_up_proj", "experts.down_proj")
+TARGETS = ("--rl.lora.targets", "all-linear", "experts.gate_up_proj", "experts.down_proj")
+FLAGS = {"full": ("--rl.lora.rank", "0"), "lora": ("--rl.lora.rank", "16", *TARGETS)}
 
 
 @dataclasses.dataclass
@@ -34,7 +35,7 @@ def main(config: Config) -> None:
         for variant in config.variants:
             kind, _, lr = variant.partition(":")
             flags = ["--model", str(sft / "policy" / "final"), "--sft.steps", "0", "--rl.lr", lr]
-            run = train(config, f"{kind}-{lr}-{seed}", seed, *flags, *(LORA_FLAGS if kind == "lora" else ()))
+            run = train(config, f"{kind}-{lr}-{seed}", seed, *flags, *FLAGS[kind])
             figures[variant][seed] = result(run)
             print(variant, seed, json.dumps(figures[variant][seed]), flush=True)
     full = {variant: runs for variant, runs in figures.items() if variant.startswith("full")}
