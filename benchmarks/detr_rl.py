@@ -16,14 +16,14 @@ from pathlib import Path
 import tyro
 
 from benchmarks.record import write_result
-from envs.vision.detect import WEIGHTS
+from envs.vision.shipped_weights import WEIGHTS
 
 SHOWN = ("eval/before/quality", "eval/quality", "eval/before/AP", "eval/AP", "eval/before/AP50", "eval/AP50")
 
 
 @dataclasses.dataclass
 class Config:
-    model: Path = WEIGHTS
+    model: Path = WEIGHTS / "detr-scenes"
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 500
     batch_size: int = 32

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.vision.diffusion_learner import AutoencoderLearner, DenoiserLearner, LearningConfig, NetworkConfig
+from agents.vision.diffusion_config import LearningConfig, NetworkConfig
+from agents.vision.diffusion_learner import AutoencoderLearner, DenoiserLearner
 from agents.vision.pictures import as_bytes
 from agents.vision.prefetch import in_order
 from envs.vision.captioned import CaptionedConfig, CaptionedLoader
@@ -29,7 +30,7 @@ from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from launch.run import Run
+    from launch.run import ActorGroup, Run
 
 _LOADED_AT_ONCE = 128  # images to a call of a loader, and to a pass of the autoencoder that only encodes
 
@@ -69,9 +70,11 @@ class DiffusionConfig:
 
 def train(config: DiffusionConfig, run: "Run") -> None:
     """Resumes bit for bit on the same device: what a step draws depends on the seed and its number alone."""
-    images, captions = load_images(config, run, heldout=False)
-    heldout = Heldout(*load_images(config, run, heldout=True))
-    tokenizer = make_tokenizer(config, run, captions)
+    loaders = start_loaders(config, run)
+    training, heldout = (load_images(config, loaders, heldout) for heldout in (False, True))
+    loaders.close()
+    images = training.images.to(run.device)
+    tokenizer = make_tokenizer(config, run, training.captions)
     state = run.restore() or {}
 
     autoencoder = AutoencoderLearner(config.network, config.learning, run.seed, run.device)
@@ -91,7 +94,7 @@ def train(config: DiffusionConfig, run: "Run") -> None:
             run.save(step, {"autoencoder": autoencoder.state()})
 
     latents = autoencoder.encode_all(images)
-    tokens = tokenizer(captions).to(run.device)
+    tokens = tokenizer(training.captions).to(run.device)
     denoiser = make_denoiser(config, run, tokenizer)
     if "denoiser" in state:
         denoiser.load_state(state["denoiser"])
@@ -115,7 +118,7 @@ def evaluate(config: DiffusionConfig, run: "Run") -> None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
     if "denoiser" not in state:
         raise UserError(f"{run.name} is still training its autoencoder: there is no denoiser to evaluate yet")
-    heldout = Heldout(*load_images(config, run, heldout=True))
+    heldout = load_images(config, start_loaders(config, run), heldout=True)
     tokenizer = PromptTokenizer.load(run.directory / "tokenizer")
     autoencoder = AutoencoderLearner(config.network, config.learning, run.seed, run.device)
     autoencoder.load_state(state["autoencoder"])
@@ -130,22 +133,25 @@ def make_denoiser(config: DiffusionConfig, run: "Run", tokenizer: PromptTokenize
 
 
 @dataclass(frozen=True)
-class Heldout:
+class Captioned:
     images: Tensor  # (N, H, W, 3) uint8
     captions: list[str]
 
 
-def load_images(config: DiffusionConfig, run: "Run", heldout: bool) -> tuple[Tensor, list[str]]:
-    """All images (N, H, W, 3) uint8, on the CPU, and their captions."""
-    actors = run.actors(CaptionedLoader, config.loaders, {"cpu": 1}, config.data, run.seed, name="loader")
-    try:
-        total = actors.call(0, "count", heldout, timeout_s=config.loader_timeout_s).result()
-        spans = [(heldout, at, min(_LOADED_AT_ONCE, total - at)) for at in range(0, total, _LOADED_AT_ONCE)]
-        parts = [part for part, _ in in_order(actors, "load", spans, config.loader_timeout_s)]
-    finally:
-        actors.close()
-    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
-    return images, [caption for _, captions in parts for caption in captions]
+def start_loaders(config: DiffusionConfig, run: "Run") -> "ActorGroup":
+    return run.actors(CaptionedLoader, config.loaders, {"cpu": 1}, config.data, run.seed, name="loader")
+
+
+def load_images(config: DiffusionConfig, loaders: "ActorGroup", heldout: bool) -> Captioned:
+    """All images, on the CPU, and their captions."""
+    total = loaders.call(0, "count", heldout, timeout_s=config.loader_timeout_s).result()
+    spans = [(heldout, at, min(_LOADED_AT_ONCE, total - at)) for at in range(0, total, _LOADED_AT_ONCE)]
+    images = torch.empty(total, config.data.size, config.data.size, 3, dtype=torch.uint8)
+    captions: list[str] = []
+    for (part, names), _ in in_order(loaders, "load", spans, config.loader_timeout_s):
+        images[len(captions) : len(captions) + len(names)] = torch.tensor(part)
+        captions += names
+    return Captioned(images, captions)
 
 
 def make_tokenizer(config: DiffusionConfig, run: "Run", captions: list[str]) -> PromptTokenizer:
@@ -176,7 +182,7 @@ def evaluation(
     autoencoder: AutoencoderLearner,
     denoiser: DenoiserLearner,
     tokenizer: PromptTokenizer,
-    heldout: Heldout,
+    heldout: Captioned,
 ) -> dict[str, float]:
     """Held-out losses; pictures of the first held-out captions from noise that is the same each time."""
     figures, _ = autoencoder.evaluate(heldout.images)

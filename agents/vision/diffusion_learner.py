@@ -5,8 +5,9 @@ Shapes: N images in all, B in a batch, C channels, H × W pixels, Z latent chann
 
 import copy
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from agents.vision.diffusion_config import LearningConfig, NetworkConfig
 from models.diffusion.autoencoder import Autoencoder, Posterior
-from models.diffusion.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from models.diffusion.noise_schedule import NoiseSchedule, SchedulerConfig
 from models.diffusion.text_encoder import TextEncoder
 from models.diffusion.tokenizer import PromptTokenizer
@@ -24,102 +25,6 @@ from models.errors import UserError
 from models.seeding import derive_seed
 
 _CHUNK = 128  # images to a pass that only evaluates
-_GROUPS = 16
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    autoencoder_widths: tuple[int, ...] = (32, 64, 128, 128)
-    """Channels at each resolution, multiples of 16; each after the first halves it, so four are `f8`."""
-    autoencoder_layers: int = 1
-    unet_widths: tuple[int, ...] = (64, 96, 128)
-    unet_layers: int = 1
-    heads: int = 4
-    text_width: int = 96
-    text_layers: int = 2
-    vocab_size: int = 1024
-    """Tokens of the byte-pair vocabulary that is learned from the captions."""
-    prompt_length: int = 64
-    """Tokens of a caption, start and end included; longer ones are cut."""
-    prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
-    """What the denoiser predicts: the noise, or the velocity, which weighs noisy latents more."""
-
-    def __post_init__(self) -> None:
-        for name in ("autoencoder_widths", "unet_widths"):
-            widths = getattr(self, name)
-            if not widths or min(widths) < 1 or any(width % _GROUPS for width in widths):
-                raise UserError(f"--network.{name.replace('_', '-')} is {widths}: give multiples of {_GROUPS}")
-        for name in ("autoencoder_layers", "unet_layers", "heads", "text_width", "text_layers", "prompt_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--network.{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
-        self.unet(1).check("--network")
-
-    def autoencoder(self) -> AutoencoderConfig:
-        return AutoencoderConfig(
-            block_out_channels=self.autoencoder_widths,
-            layers_per_block=self.autoencoder_layers,
-            norm_num_groups=_GROUPS,
-        )
-
-    def unet(self, sample_size: int) -> UNetConfig:
-        attending = len(self.unet_widths) - 1
-        return UNetConfig(
-            sample_size=sample_size,
-            block_out_channels=self.unet_widths,
-            down_block_types=("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attending,
-            layers_per_block=self.unet_layers,
-            cross_attention_dim=self.text_width,
-            attention_head_dim=self.heads,
-            norm_num_groups=_GROUPS,
-        )
-
-    def text_encoder(self) -> TextEncoderConfig:
-        return TextEncoderConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            intermediate_size=4 * self.text_width,
-            num_hidden_layers=self.text_layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=self.prompt_length,
-        )
-
-
-@dataclass(frozen=True)
-class LearningConfig:
-    autoencoder_steps: int = 2000
-    autoencoder_batch_size: int = 32
-    autoencoder_lr: float = 1e-3
-    kl_weight: float = 1e-6
-    """Of the KL divergence of a latent (summed over its numbers) beside the mean absolute error of the pixels."""
-    steps: int = 10_000
-    """Of the denoiser."""
-    batch_size: int = 64
-    lr: float = 5e-4
-    """Of Adam with decoupled weight decay; rising at first, then falling to 0 along a cosine, as the autoencoder's."""
-    warmup: int = 200
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema: float = 0.999
-    """Share of the averaged weights that each step keeps."""
-    caption_dropout: float = 0.1
-    """Share of the captions that are replaced by the empty one: guidance needs a denoiser that knows it."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            flag = f"--learning.{name.replace('_', '-')} is {value}"
-            if name in ("ema", "caption_dropout"):
-                if not 0 <= value < 1:
-                    raise UserError(f"{flag}: must be at least 0 and less than 1")
-            elif name in ("kl_weight", "weight_decay", "warmup"):
-                if value < 0:
-                    raise UserError(f"{flag}: must not be negative")
-            elif value <= 0:
-                raise UserError(f"{flag}: must be positive")
-
-    @property
-    def total_steps(self) -> int:
-        return self.autoencoder_steps + self.steps
 
 
 class AutoencoderLearner:
@@ -131,19 +36,24 @@ class AutoencoderLearner:
     def __init__(self, network: NetworkConfig, learning: LearningConfig, seed: int, device: str) -> None:
         self.learning, self.seed, self.device = learning, seed, torch.device(device)
         self.model = seeded(lambda: Autoencoder(network.autoencoder()), seed, "autoencoder").to(self.device)
+        self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, learning.autoencoder_lr, learning)
+        self._encode = compiled(self.model.encode, learning)
+        self._decode = compiled(self.model.decode, learning)
         self.step = 0
 
     def update(self, images_NHWC: Tensor, want_metrics: bool) -> dict[str, float]:
         """One step on a batch drawn from all images (uint8). Raises UserError if the loss is not finite."""
         learning = self.learning
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "autoencoder step", self.step))
-        picked_B = torch.randint(len(images_NHWC), (learning.autoencoder_batch_size,), generator=generator)
-        x_BCHW = self._pixels(images_NHWC[picked_B])
+        seed = derive_seed(self.seed, "autoencoder step", self.step)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        size = (learning.autoencoder_batch_size,)
+        picked_B = torch.randint(len(images_NHWC), size, generator=generator, device=self.device)
+        x_BCHW = self._pixels(images_NHWC[picked_B.to(images_NHWC.device)])
         with mixed_precision(self.device):
-            half = self.model.encode(x_BCHW)
+            half = self._encode(x_BCHW)
             posterior = Posterior(half.mean_BZhw.float(), half.log_variance_BZhw.float())
-            rebuilt_BCHW = self.model.decode(posterior.sample(generator))
+            rebuilt_BCHW = self._decode(posterior.sample(generator))
         error = (rebuilt_BCHW.float() - x_BCHW).abs().mean()
         kl = posterior.kl().mean()
         set_lr(self.optimizer, learning.autoencoder_lr, self.step, learning.autoencoder_steps, learning.warmup)
@@ -195,7 +105,7 @@ class AutoencoderLearner:
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises UserError for a checkpoint of other network sizes."""
         load_weights(self.model, state["model"], "--network.autoencoder-...")
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self._rescale(state["scaling_factor"])
         self.step = state["step"]
 
@@ -233,7 +143,10 @@ class DenoiserLearner:
     ) -> None:  # fmt: skip
         self.learning, self.seed, self.device = learning, seed, torch.device(device)
         self.model = seeded(lambda: TextToLatent(network, sample_size), seed, "denoiser").to(self.device)
+        self.model.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._averaging = list(self.averaged.parameters()), list(self.model.parameters())
+        self._predict = compiled(self.model, learning)
         self.optimizer = make_optimizer(self.model, learning.lr, learning)
         self.scheduler = replace(SchedulerConfig.sd_v1("dpm++"), prediction_type=network.prediction_type)
         self.schedule = NoiseSchedule(self.scheduler)
@@ -248,13 +161,13 @@ class DenoiserLearner:
         picked_B = torch.randint(len(tokens_NM), (learning.batch_size,), generator=generator, device=self.device)
         dropped_B = torch.rand(learning.batch_size, generator=generator, device=self.device) < learning.caption_dropout
         tokens_BM = torch.where(dropped_B[:, None], self.empty_M, tokens_NM[picked_B])
-        loss = self._loss(self.model, latents, picked_B, tokens_BM, generator)
+        loss = self._loss(self._predict, latents, picked_B, tokens_BM, generator)
         set_lr(self.optimizer, learning.lr, self.step, learning.steps, learning.warmup)
         norm = optimize(self.optimizer, loss, learning.max_grad_norm)
         # Early on, an average over 1/(1 − ema) steps would still hold the first weights.
         keep = min(learning.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - keep)
+            torch._foreach_lerp_(*self._averaging, 1 - keep)
         self.step += 1
         if not want_metrics:
             return {}
@@ -273,7 +186,12 @@ class DenoiserLearner:
         return finite({"eval/denoising_loss": torch.stack(losses).sum().item() / len(tokens_NM)}, "--learning.lr")
 
     def _loss(
-        self, model: TextToLatent, latents: Posterior, picked_B: Tensor, tokens_BM: Tensor, generator: torch.Generator
+        self,
+        predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+        latents: Posterior,
+        picked_B: Tensor,
+        tokens_BM: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         posterior = Posterior(latents.mean_BZhw[picked_B], latents.log_variance_BZhw[picked_B])
         x0_BZhw = posterior.sample(generator)
@@ -282,7 +200,7 @@ class DenoiserLearner:
         time_B = torch.randint(steps, (len(picked_B),), generator=generator, device=self.device)
         x_BZhw = self.schedule.add_noise(x0_BZhw, noise_BZhw, time_B)
         with mixed_precision(self.device):
-            prediction_BZhw = model(x_BZhw, time_B, tokens_BM)
+            prediction_BZhw = predict(x_BZhw, time_B, tokens_BM)
         return F.mse_loss(prediction_BZhw.float(), self.schedule.target(x0_BZhw, noise_BZhw, time_B))
 
     def state(self) -> dict[str, Any]:
@@ -297,7 +215,7 @@ class DenoiserLearner:
         """Raises UserError for a checkpoint of other network sizes."""
         load_weights(self.model, state["model"], "--network....")
         load_weights(self.averaged, state["averaged"], "--network....")
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.step = state["step"]
 
 
@@ -310,6 +228,10 @@ def seeded(build: Any, seed: int, name: str) -> Any:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """bfloat16 where there are tensor cores for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def compiled(function: Any, learning: LearningConfig) -> Any:
+    return torch.compile(function) if learning.compile else function
 
 
 def make_optimizer(model: nn.Module, lr: float, learning: LearningConfig) -> torch.optim.Optimizer:
@@ -328,6 +250,14 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: floa
     norm = clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
     return norm
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:  # to lie in memory as the parameter does: fused AdamW needs it
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def finite(figures: dict[str, float], flag: str) -> dict[str, float]:

@@ -20,7 +20,7 @@ class CaptionedConfig:
     heldout_split: str = "val2017"
     """Of the COCO folder: what evaluation looks at."""
     images: int = 20_000
-    """To train on, kept in memory; at most as many as the folder has."""
+    """To train on, kept in the memory of the device; at most as many as the folder has."""
     heldout_images: int = 256
 
     def __post_init__(self) -> None:

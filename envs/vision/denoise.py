@@ -21,6 +21,7 @@ from torch import Tensor
 
 from envs.vision.image_rewards import AGREEMENT, RewardScorer
 from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.shipped_weights import scenes_model
 from models.diffusion.folder import load_folder
 from models.diffusion.noise_schedule import draw_noise
 from models.diffusion.schedulers import DDIM
@@ -38,10 +39,10 @@ class DenoiseVectorEnv(VectorEnv):
     last action, mean and deviation of each channel of the latent and of the x_0 predicted last, the strength of the
     caption's pull, and the mean hidden state of the caption.
 
-    model: Stable Diffusion folder, by default what LONGSTRIDE_DENOISE_MODEL names. reward: as `longstride train ddpo`
-    has them; detector: of scene-agreement, by default what LONGSTRIDE_DENOISE_DETECTOR names. prompts: by default
-    captions of scenes. cost: of a step. Autoreset is NEXT_STEP. Raises UserError for models and rewards that cannot be
-    loaded, and for rewards that fail.
+    model: Stable Diffusion folder, by default what LONGSTRIDE_DENOISE_MODEL names, or else the one that comes with the
+    package. reward: as `longstride train ddpo` has them; detector: of scene-agreement, by default what
+    LONGSTRIDE_DENOISE_DETECTOR names, or else the package's. prompts: by default captions of scenes. cost: of a step.
+    Autoreset is NEXT_STEP. Raises UserError for models and rewards that cannot be loaded, and for rewards that fail.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
@@ -58,15 +59,15 @@ class DenoiseVectorEnv(VectorEnv):
         cost: float = 0.02,
         device: str = "cpu",
     ) -> None:
-        model = model or os.environ.get(MODEL_VARIABLE, "")
-        if not model:
-            raise UserError(f"Denoise-v0 needs a diffusion model: set {MODEL_VARIABLE} to a Stable Diffusion folder")
         if max_stride < 1 or cost < 0:
             raise UserError(f"Denoise-v0: max_stride {max_stride} must be positive, cost {cost} not negative")
-        detector = detector or os.environ.get(DETECTOR_VARIABLE, "")
+        model = scenes_model("diffusion", model or os.environ.get(MODEL_VARIABLE), MODEL_VARIABLE)
+        eye = None
+        if reward == AGREEMENT:
+            eye = scenes_model("detr", detector or os.environ.get(DETECTOR_VARIABLE), DETECTOR_VARIABLE)
         self.num_envs, self.cost, self.max_stride = num_envs, cost, max_stride
         self._model = load_folder(model, device=device)
-        self._scorer = RewardScorer(reward, Path(detector) if detector else None)
+        self._scorer = RewardScorer(reward, eye, device)
         self._ddim = DDIM(self._model.scheduler.with_name("ddim"), grid)
         self._alpha_bars = torch.tensor(self._ddim.alpha_bars(), device=device)  # of the grid and of its end
         self._times = torch.tensor(self._ddim.timesteps, device=device)

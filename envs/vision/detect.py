@@ -16,6 +16,7 @@ instead of a number: the nearest window of the nearest zoom, or the end if stop 
 All environments of a vector are seen by one forward pass of the eye.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor
 from envs.vision.box_quality import box_ious, box_quality
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
+from envs.vision.shipped_weights import scenes_model
 from models.detr.checkpoint import load_detr
 from models.detr.detr import DetrOutput, normalise_images
 from models.detr.postprocess import Detections, detections, without
@@ -49,7 +51,7 @@ WINDOWS = [
 ]  # (x, y, side) in pixels
 STOP = len(WINDOWS)
 THUMBNAIL, MAP = 16, 8  # cells of a side
-WEIGHTS = Path(__file__).parent / "weights" / "detr-scenes"  # comes with the package
+EYE_VARIABLE = "LONGSTRIDE_DETECT_EYE"
 
 
 class Eye(Protocol):
@@ -62,11 +64,6 @@ class DetrEye:
     """A DETR folder as an eye: things of probability above the threshold."""
 
     def __init__(self, folder: str | Path, threshold: float = 0.5, device: str = "cpu") -> None:
-        if not Path(folder).is_dir():
-            raise UserError(
-                f"{folder}: no detector there; train one (longstride train detr --recipe detr-scenes-gpu) and give the "
-                "environment its folder, RUN/model/final"
-            )
         self.model, self.threshold, self.device = load_detr(folder).to(device), threshold, device
 
     @torch.no_grad()
@@ -92,7 +89,8 @@ class Episode:
 
 
 class DetectVectorEnv(VectorEnv):
-    """eye: a DETR's folder, or anything that finds objects in images; None: the detector that comes with the package.
+    """eye: a DETR's folder, or anything that finds objects in images; None: what LONGSTRIDE_DETECT_EYE names, or else
+    the detector that comes with the package.
 
     max_looks: an episode ends after so many. device: where a folder's DETR runs.
     """
@@ -113,8 +111,10 @@ class DetectVectorEnv(VectorEnv):
             raise UserError(f"Detect-v0: cost {cost} and max_looks {max_looks}: a cost from 0 to 1, at least one look")
         self.num_envs, self.continuous = num_envs, continuous
         self.cost, self.max_looks, self.split = cost, max_looks, split
-        eye = WEIGHTS if eye is None else eye
-        self.eye: Eye = DetrEye(eye, device=device) if isinstance(eye, str | Path) else eye
+        if eye is None or isinstance(eye, str | Path):
+            named = eye or os.environ.get(EYE_VARIABLE)
+            eye = DetrEye(scenes_model("detr", named, EYE_VARIABLE), device=device)
+        self.eye: Eye = eye
         size = THUMBNAIL**2 + len(WINDOWS) + MAP**2 + 1
         self.single_observation_space = gymnasium.spaces.Box(-1, 1, (size,), np.float32)
         self.single_action_space = (

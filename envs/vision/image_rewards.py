@@ -66,8 +66,8 @@ def find_reward(name: str, detector: Path | None = None, device: str = "cpu") ->
 class RewardScorer:
     """An actor that pays for images."""
 
-    def __init__(self, name: str, detector: Path | None = None) -> None:
-        self._name, self._reward = name, find_reward(name, detector)
+    def __init__(self, name: str, detector: Path | None = None, device: str = "cpu") -> None:
+        self._name, self._reward = name, find_reward(name, detector, device)
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Rewards (N,) float64. Raises RewardFailed if the reward raises, or returns anything but N finite numbers."""

@@ -1,67 +1,96 @@
-"""Does a picture show what its caption asks for? A detector looks (DETR trained on scenes)."""
+"""Does a picture show what its caption asks for? A detector looks (DETR trained on scenes), and pixels tell colours."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from envs.vision.scene_spec import KINDS, ObjectSpec, parse_caption
+from envs.vision.scene_spec import BACKGROUND_COLOURS, COLOURS, KINDS, ObjectSpec, parse_caption
 from models.detr.checkpoint import load_detr
-from models.detr.detr import normalise_images
+from models.detr.detr import DetrOutput, normalise_images
 from models.detr.postprocess import Detections, detections
 from models.errors import UserError
 
 THRESHOLD = 0.5  # probability from which a detection counts
 SLACK = 1 / 12  # of the image's side: how far outside its cell of the 3 × 3 grid an object's centre may lie
+LEAST = 0.05  # share of a box that its colour must fill: a small striped star fills more
 _BATCH = 64
+_PALETTE = np.array([*COLOURS.values(), *BACKGROUND_COLOURS.values()], np.float32)
+
+
+class SceneDetector:
+    """A DETR that knows the kinds of scenes. Raises UserError for a detector of other classes."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._model, self._device = load_detr(folder).to(device), device
+        if self._model.config.num_labels < len(KINDS):
+            raise UserError(f"{folder}: has {self._model.config.num_labels} classes; is it a detector of scenes?")
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> list[Detections]:
+        """images (N, H, W, 3) uint8 → what is seen in each, on the CPU."""
+        found: list[Detections] = []
+        for at in range(0, len(images), _BATCH):
+            chunk_BHWC = torch.tensor(images[at : at + _BATCH], device=self._device)
+            output = self._model(normalise_images(chunk_BHWC))
+            last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
+            found += detections(last, [images.shape[1:3]] * len(chunk_BHWC), THRESHOLD)
+        return found
 
 
 class SceneAgreement:
-    """The share of a caption's objects that the detector finds: the right kind, with its centre at the right place.
-
-    Colours, sizes and textures are no classes of the detector and are not looked at. Raises UserError for a detector
-    of other classes.
-    """
+    """The share of a caption's objects that a detector finds. Sizes and textures are not looked at."""
 
     def __init__(self, detector: Path, device: str = "cpu") -> None:
-        self._model, self._device = load_detr(detector).to(device), device
-        if self._model.config.num_labels < len(KINDS):
-            raise UserError(f"{detector}: has {self._model.config.num_labels} classes; is it a detector of scenes?")
+        self._detect = SceneDetector(detector, device)
 
-    @torch.no_grad()
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:
         """images (N, H, W, 3) uint8; prompts in the grammar of scenes, else UserError."""
         specs = [parse_caption(prompt) for prompt in prompts]
-        shares: list[float] = []
-        for at in range(0, len(images), _BATCH):
-            chunk = torch.tensor(images[at : at + _BATCH], device=self._device)
-            sizes = [images.shape[1:3]] * len(chunk)
-            found = detections(self._model(normalise_images(chunk)), sizes, THRESHOLD)
-            shares += [
-                share_found(spec.objects, each, images.shape[1:3]) for spec, each in zip(specs[at : at + _BATCH], found)
-            ]
-        return shares
+        seen = self._detect(images)
+        return [share_found(spec.objects, found, image) for spec, found, image in zip(specs, seen, images)]
 
 
-def share_found(objects: Sequence[ObjectSpec], found: Detections, size: tuple[int, int]) -> float:
-    """Each detection counts for one object. A caption without objects is met by a picture without detections."""
-    height, width = size
-    labels = found.labels.tolist()
-    left = {i for i, label in enumerate(labels) if label < len(KINDS)}
+def share_found(objects: Sequence[ObjectSpec], found: Detections, image: np.ndarray) -> float:
+    """The share of the objects that are found in image (H, W, 3) uint8: the right kind, its centre at the right place,
+    and its own colour the one that fills most of the box.
+
+    Each detection counts for one object, and those that nobody asked for cost nothing. A caption without objects is met
+    by a picture without detections.
+    """
+    height, width = image.shape[:2]
+    boxes, labels = found.boxes.numpy(), found.labels.tolist()
     if not objects:
-        return float(not left)
-    centres = ((found.boxes[:, :2] + found.boxes[:, 2:]) / 2 / found.boxes.new_tensor([width, height])).tolist()
-    hits = 0
-    for thing in objects:
+        return float(not any(label < len(KINDS) for label in labels))
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array([width, height], np.float32)
+    colours = [colour_of(image, box) for box in boxes]
+    fits = np.zeros((len(objects), len(labels)))
+    for i, thing in enumerate(objects):
         row, column = divmod(thing.place, 3)
-        for i in sorted(left):
-            x, y = centres[i]
-            if labels[i] == thing.label and _near(x, column) and _near(y, row):
-                left.remove(i)
-                hits += 1
-                break
-    return hits / len(objects)
+        for j, (x, y) in enumerate(centres):
+            there = _near(x, column) and _near(y, row)
+            fits[i, j] = there and labels[j] == thing.label and colours[j] == thing.colour
+    return float(fits[linear_sum_assignment(fits, maximize=True)].sum() / len(objects))
+
+
+def colour_of(image: np.ndarray, box: np.ndarray) -> str | None:
+    """The object colour that is nearest to most pixels of an xyxy box; None if there is hardly any.
+
+    Backgrounds have colours of their own. The dark stripes and dots of a texture look like some of them, so only an
+    object's bright part speaks for it.
+    """
+    height, width = image.shape[:2]
+    left, top = (max(0, int(v)) for v in box[:2])
+    right, bottom = (min(side, int(np.ceil(v))) for side, v in zip((width, height), box[2:]))
+    pixels_PC = image[top:bottom, left:right].reshape(-1, 3).astype(np.float32)
+    if not len(pixels_PC):
+        return None
+    nearest_P = np.abs(pixels_PC[:, None] - _PALETTE).sum(-1).argmin(1)
+    counts = np.bincount(nearest_P, minlength=len(_PALETTE))[: len(COLOURS)]
+    most = int(counts.argmax())
+    return tuple(COLOURS)[most] if counts[most] >= LEAST * len(pixels_PC) else None
 
 
 def _near(position: float, cell: int) -> bool:

@@ -77,9 +77,10 @@ def load_folder(
     return model
 
 
-def save_folder(model: LatentDiffusion, folder: str | Path) -> None:
+def save_folder(model: LatentDiffusion, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that diffusers' StableDiffusionPipeline loads. Raises UserError if it cannot be written.
 
+    dtype: of the weights in the files; `load_folder` takes any.
     model_index.json is written last: a folder that a crash left half written is not taken for a whole one.
     """
     folder = Path(folder)
@@ -87,9 +88,9 @@ def save_folder(model: LatentDiffusion, folder: str | Path) -> None:
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in _CLASSES:
             (folder / part).mkdir(parents=True, exist_ok=True)
-        _save_part(folder / "unet", model.unet, "UNet2DConditionModel")
-        _save_part(folder / "vae", model.autoencoder, "AutoencoderKL")
-        _save_part(folder / "text_encoder", model.text_encoder, "CLIPTextModel", model.tokenizer)
+        _save_part(folder / "unet", model.unet, "UNet2DConditionModel", dtype)
+        _save_part(folder / "vae", model.autoencoder, "AutoencoderKL", dtype)
+        _save_part(folder / "text_encoder", model.text_encoder, "CLIPTextModel", dtype, model.tokenizer)
         model.tokenizer.save(folder / "tokenizer")
         scheduler = model.scheduler.to_json()
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -188,7 +189,11 @@ def _check_fit(model: LatentDiffusion, folder: Path) -> None:
 
 
 def _save_part(
-    folder: Path, module: UNet | Autoencoder | TextEncoder, class_name: str, tokenizer: PromptTokenizer | None = None
+    folder: Path,
+    module: UNet | Autoencoder | TextEncoder,
+    class_name: str,
+    dtype: torch.dtype,
+    tokenizer: PromptTokenizer | None = None,
 ) -> None:
     config = module.config.to_json()
     prefix = ""
@@ -200,7 +205,9 @@ def _save_part(
         config |= {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id}
         config |= {"pad_token_id": tokenizer.pad_id}
     write_json(folder / "config.json", config)
-    tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {
+        prefix + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()
+    }
     file = folder / _WEIGHTS[folder.name]
     save_file(tensors, f"{file}.part", metadata={"format": "pt"})
     os.replace(f"{file}.part", file)

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from agents.vision.diffusion import DiffusionConfig, evaluate, train
-from agents.vision.diffusion_learner import LearningConfig, NetworkConfig
+from agents.vision.diffusion_config import LearningConfig, NetworkConfig
 from envs.vision.captioned import CaptionedConfig, make_captioned
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes

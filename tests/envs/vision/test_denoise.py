@@ -9,7 +9,8 @@ import torch
 
 from agents.a2c import A2CConfig, train
 from envs.control.vector_env import ControlEnv
-from envs.vision.denoise import MODEL_VARIABLE, DenoiseVectorEnv
+from envs.vision import shipped_weights
+from envs.vision.denoise import DETECTOR_VARIABLE, MODEL_VARIABLE, DenoiseVectorEnv
 from launch.config import RunConfig
 from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
@@ -94,11 +95,12 @@ def test_repeats_by_seed(folder: Path) -> None:
     assert not np.array_equal(runs[0], runs[2])
 
 
-def test_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=MODEL_VARIABLE):
+def test_by_its_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped_weights, "WEIGHTS", tmp_path)  # of an installation without any
+    with pytest.raises(UserError, match=f"no diffusion model .* comes with this installation.*{MODEL_VARIABLE}"):
         ControlEnv("envs.vision:Denoise-v0", 2)
     monkeypatch.setenv(MODEL_VARIABLE, str(folder))
-    with pytest.raises(UserError, match="needs a detector"):
+    with pytest.raises(UserError, match=f"no detr model .* comes with this installation.*{DETECTOR_VARIABLE}"):
         ControlEnv("envs.vision:Denoise-v0", 2)
 
 

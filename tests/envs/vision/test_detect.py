@@ -11,7 +11,7 @@ from envs.control.spaces import DiscreteActions
 from envs.control.vector_env import ControlEnv
 from envs.vision import detect
 from envs.vision.box_quality import box_quality
-from envs.vision.detect import LEVELS, SCENES, STOP, WINDOWS, DetectVectorEnv
+from envs.vision.detect import EYE_VARIABLE, LEVELS, SCENES, STOP, WINDOWS, DetectVectorEnv
 from envs.vision.scene_spec import COLOURS, SHAPES, ObjectSpec, SceneSpec
 from envs.vision.scenes import Scene, render
 from models.detr.checkpoint import save_detr
@@ -180,14 +180,14 @@ def test_gymnasium_makes_it_with_a_detector_of_ours(detector: Path) -> None:
 
 
 def test_agents_take_it_by_its_id(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detect, "WEIGHTS", detector)
+    monkeypatch.setenv(EYE_VARIABLE, str(detector))
     env = ControlEnv("envs.vision:Detect-v0", 2)
     assert env.spaces.actions == DiscreteActions(STOP + 1)
     env.close()
 
 
 def test_bad_input(tmp_path: Path, env: DetectVectorEnv) -> None:
-    with pytest.raises(UserError, match="no detector there; train one"):
+    with pytest.raises(UserError, match="no model there; train one"):
         DetectVectorEnv(1, eye=tmp_path / "nowhere")
     with pytest.raises(UserError, match="action 22 is not one of 0 to 21"):
         env.step([22, 0])

@@ -31,6 +31,17 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "copy")
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """Half the bytes, and read back in any precision."""
+    save_folder(latent_diffusion(), tmp_path, torch.float16)
+    stored = load_file(tmp_path / UNET_WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    expected = latent_diffusion().unet.state_dict()
+    for name, tensor in load_folder(tmp_path).unet.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected[name].half().float()), name
+
+
 def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         content = json.loads((folder / name).read_text())

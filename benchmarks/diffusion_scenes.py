@@ -1,0 +1,114 @@
+"""Latent diffusion on scenes, trained from random weights in a fixed time: does it draw what the caption says?
+
+python -m benchmarks.diffusion_scenes --minutes 8.5 --detector runs/detr/model/final    # on the GPU
+python -m benchmarks.diffusion_scenes --minutes 2 --toy                                 # to see that it runs, on a CPU
+
+A short run measures the speed of both phases; the run proper then has as many steps as fit the time. A detector that
+was trained apart counts the objects of held-out captions that it finds in the pictures: beside it the same pictures
+with another picture's caption, and real images, which are the detector's own limit.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.record import describe_machine, write_result
+from envs.vision.shipped_weights import WEIGHTS
+from models.diffusion.folder import load_folder, save_folder
+
+AUTOENCODER_SHARE = 0.2  # of the time for training
+TOY = (
+    "--data.scenes.size 32 --data.images 256 --data.heldout-images 16 --network.autoencoder-widths 16 16 16 16 "
+    "--network.unet-widths 16 32 --network.unet-layers 1 --network.text-width 32 --network.text-layers 1 "
+    "--learning.autoencoder-batch-size 8 --learning.batch-size 16 --learning.warmup 5 --learning.no-compile "
+    "--loaders 1 --samples 4 --sample-steps 4 --device cpu --log-every 10"
+)
+
+
+@dataclasses.dataclass
+class Config:
+    minutes: float = 8.5
+    """Of everything: starting up, rendering, compiling, training, evaluation."""
+    seed: int = 0
+    toy: bool = False
+    backend: str = "ray"
+    detector: Path | None = WEIGHTS / "detr-scenes" if (WEIGHTS / "detr-scenes").exists() else None
+    weights: Path | None = None
+    """Folder for the trained model in half precision, with its figures: what the package brings along."""
+    grid: Path | None = None
+    """PNG file for the last grid of samples."""
+    output: Path = Path("benchmarks/results/diffusion_scenes.json")
+
+
+def main(config: Config) -> None:
+    begin = time.perf_counter()
+    runs_dir = Path(tempfile.mkdtemp(prefix="diffusion-"))
+    few = 30 if config.toy else 300
+    probe = run(config, runs_dir, "probe", few, few, few)
+    trained = few * (1 / probe["autoencoder_steps_per_s"] + 1 / probe["steps_per_s"])
+    overhead = probe["seconds"] - trained  # rendering, compiling, evaluation: about the same in the run proper
+    left = config.minutes * 60 - (time.perf_counter() - begin) - 1.1 * overhead
+    first = max(few, int(AUTOENCODER_SHARE * left * probe["autoencoder_steps_per_s"]))
+    second = max(few, int((1 - AUTOENCODER_SHARE) * left * probe["steps_per_s"]))
+    print(f"{overhead:.0f} s beside training; {first} and {second} steps", flush=True)
+    ours = run(config, runs_dir, "run", first, second, every=first + second)
+    write_result(config.output, "diffusion_scenes", ours)
+    print(json.dumps(ours, indent=1), flush=True)
+    if config.weights:
+        save_folder(load_folder(runs_dir / "run" / "model" / "final"), config.weights, torch.float16)
+        figures = {"command": ["python", "-m", "benchmarks.diffusion_scenes", *sys.argv[1:]], **ours}
+        (config.weights / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if config.grid:
+        shutil.copy(runs_dir / "run" / "images" / f"{first + second}-samples.png", config.grid)
+
+
+def run(config: Config, runs_dir: Path, name: str, first: int, second: int, every: int) -> dict[str, Any]:
+    """Train `first` steps of the autoencoder and `second` of the denoiser, in a process of its own."""
+    begin = time.perf_counter()
+    command = [
+        sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
+        "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed), "--backend", config.backend,
+        *(TOY.split() if config.toy else []), "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
+        "--eval-every", str(every), *(["--detector", str(config.detector)] if config.detector else []),
+    ]  # fmt: skip
+    with (runs_dir / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            if line.startswith("step"):
+                print(f"{name}: {line}", end="", flush=True)
+        if process.wait():
+            raise SystemExit((runs_dir / f"{name}.log").read_text()[-3000:])
+    entries = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
+    sizes = json.loads((runs_dir / name / "model" / "final" / "unet" / "config.json").read_text())
+    metrics = json.loads((runs_dir / name / "summary.json").read_text())["metrics"]
+    return {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "autoencoder_steps": first,
+        "steps": second,
+        "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
+        "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
+        "unet_widths": sizes["block_out_channels"],
+        **{key: round(value, 4) for key, value in metrics.items() if key.startswith("eval/")},
+        "machine": describe_machine(),
+    }
+
+
+def steps_per_s(entries: list[dict[str, Any]], metric: str, batch_size: int) -> float:
+    """Of the median stretch between two lines of metrics; the first one compiles."""
+    speeds = sorted(e["time/images_per_s"] / batch_size for e in entries if metric in e)
+    return round(speeds[len(speeds) // 2], 2)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
