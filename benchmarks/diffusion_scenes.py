@@ -77,7 +77,8 @@ def run(config: Config, runs_dir: Path, name: str, first: int, second: int, ever
     command = [
         sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
         "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed), "--backend", config.backend,
-        *(TOY.split() if config.toy else []), "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
+        *(TOY.split() if config.toy else []),
+        "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
         "--eval-every", str(every), *(["--detector", str(config.detector)] if config.detector else []),
     ]  # fmt: skip
     with (runs_dir / f"{name}.log").open("w") as log:
