@@ -2,6 +2,7 @@
 
     python -m benchmarks.control_peer --algo trpo --env HalfCheetah-v5 --steps 1000000 --seeds 5
     python -m benchmarks.control_peer --algo a2c --env CartPole-v1 --steps 500000 --seeds 5 --jobs 8   # on many cores
+    python -m benchmarks.control_peer --table                      # the newest entry of each pair as Markdown
 
 Ours runs as a user runs it, from the recipe that comes with longstride (`a2c-cartpole`), and with the policy and the
 environments in one process unless --backend and --workers say otherwise, as the peer does. Seeds of both sides are
@@ -45,9 +46,9 @@ THRESHOLDS = {
 
 @dataclasses.dataclass
 class Config:
-    algo: str
-    env: str
-    steps: int
+    algo: str = "a2c"
+    env: str = "CartPole-v1"
+    steps: int = 500_000
     seeds: int = 5
     jobs: int = 1
     """Runs at a time."""
@@ -55,6 +56,7 @@ class Config:
     workers: int = 1
     peer: bool = True
     """Run Stable-Baselines3 too."""
+    table: bool = False
     output: Path = Path("benchmarks/results/control_peer.json")
 
 
@@ -135,7 +137,27 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
     return {"ours": head | sides["ours"], "peer": sides["peer"], "ratio": ratio}
 
 
+def print_table(path: Path) -> None:
+    newest = {(e["ours"]["algo"], e["ours"]["env"]): e for e in json.loads(path.read_text()) if e["ours"].get("runs")}
+    print("| | steps | median return, ours | SB3 | steps/s, ours | SB3 | ratio | threshold | s to it, ours | SB3 |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for (algo, env), e in sorted(newest.items()):
+        sides = [e["ours"], e["peer"]]
+        returns, rates, seconds = (
+            [f"{side[key]:.{digits}f}" if side.get(key) is not None else "–" for side in sides]
+            for key, digits in (("median_return", 1), ("median_steps_per_s", 0), ("median_seconds_to_threshold", 1))
+        )
+        cells = [f"{algo} {env}", f"{round(e['ours']['runs'][0]['steps'], -3)}", *returns, *rates]
+        print(
+            "|",
+            " | ".join([*cells, str(e["ratio"].get("steps_per_s", "–")), str(e["ours"]["threshold"]), *seconds]),
+            "|",
+        )
+
+
 def main(config: Config) -> None:
+    if config.table:
+        return print_table(config.output)
     earlier = config.output.read_text() if config.output.exists() else None
     sides = [ours, peer] if config.peer else [ours]
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}

@@ -15,37 +15,39 @@ import tyro
 
 from benchmarks.record import write_result
 
-LORA_FLAGS = ("--rl.lora.rank", "16", "--rl.lora.targets", "all-linear", "experts.gate_up_proj", "experts.down_proj")
+TARGETS = ("--rl.lora.targets", "all-linear", "experts.gate_up_proj", "experts.down_proj")
+FLAGS = {"full": ("--rl.lora.rank", "0"), "lora": ("--rl.lora.rank", "16", *TARGETS)}
 
 
 @dataclasses.dataclass
 class Config:
     recipe: str = "quickstart"
-    seed: int = 0
-    variants: tuple[str, ...] = ("full:1e-4", "lora:3e-4", "lora:1e-3", "lora:3e-3")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("full:1e-4", "lora:1e-3")
     runs_dir: Path = Path("runs/lora_rl")
     output: Path = Path("benchmarks/results/lora_rl.json")
 
 
 def main(config: Config) -> None:
-    sft = train(config, f"sft-{config.seed}", "--rl.iterations", "0")
-    figures = {}
-    for variant in config.variants:
-        kind, _, lr = variant.partition(":")
-        flags = ["--model", str(sft / "policy" / "final"), "--sft.steps", "0", "--rl.lr", lr]
-        run = train(config, f"{kind}-{lr}-{config.seed}", *flags, *(LORA_FLAGS if kind == "lora" else ()))
-        figures[variant] = result(run)
-        print(variant, json.dumps(figures[variant]), flush=True)
-    full = {variant: f for variant, f in figures.items() if variant.startswith("full")}
-    lora = {variant: f for variant, f in figures.items() if variant.startswith("lora")}
-    write_result(config.output, "lora_rl", {"seed": config.seed, "lora": lora}, peer={"full": full})
+    figures: dict[str, dict[int, dict[str, object]]] = {variant: {} for variant in config.variants}
+    for seed in config.seeds:
+        sft = train(config, f"sft-{seed}", seed, "--rl.iterations", "0")
+        for variant in config.variants:
+            kind, _, lr = variant.partition(":")
+            flags = ["--model", str(sft / "policy" / "final"), "--sft.steps", "0", "--rl.lr", lr]
+            run = train(config, f"{kind}-{lr}-{seed}", seed, *flags, *FLAGS[kind])
+            figures[variant][seed] = result(run)
+            print(variant, seed, json.dumps(figures[variant][seed]), flush=True)
+    full = {variant: runs for variant, runs in figures.items() if variant.startswith("full")}
+    lora = {variant: runs for variant, runs in figures.items() if variant.startswith("lora")}
+    write_result(config.output, "lora_rl", lora, peer=full)
 
 
-def train(config: Config, name: str, *flags: str) -> Path:
+def train(config: Config, name: str, seed: int, *flags: str) -> Path:
     run = config.runs_dir / name
     if not (run / "summary.json").exists() or json.loads((run / "summary.json").read_text())["status"] != "finished":
         command = [sys.executable, "-m", "launch", "train", "reason", "--recipe", config.recipe, "--name", name]
-        command += ["--seed", str(config.seed), "--runs-dir", str(config.runs_dir), *flags]
+        command += ["--seed", str(seed), "--runs-dir", str(config.runs_dir), *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return run
 

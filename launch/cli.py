@@ -1,6 +1,7 @@
 """The `longstride` command.
 
 longstride train JOB [--recipe FILE_OR_NAME] [--dry-run] [--seeds N] [--any.config.field value]
+longstride sweep JOB --space FILE [--recipe FILE_OR_NAME] [--trials N] [--any.config.field value]
 longstride evaluate RUN_OR_CHECKPOINT [--any.config.field value]
 longstride resume RUN
 longstride runs
@@ -51,17 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     name, flags = _positional("train", "JOB", arguments)
-    job = jobs.find(name)
-    prog = f"longstride train {name}"
-    combined = combine("Train", options=TrainOptions, run=RunConfig, job=job.config_class())
-    options, _ = tyro.cli(TrainOptions, args=flags, return_unknown_args=True, add_help=False)
-    base = combined()
-    if options.recipe:
-        base = apply_entries(combined, read_recipe(options.recipe, name), f"recipe {options.recipe}")
-    config = parse(combined, flags, base, source=f"train {name}", prog=prog)
-    entries = {"job": name, **as_entries(config)}
-    for option in dataclasses.fields(TrainOptions):
-        del entries[option.name]
+    job, config, entries = _configured("train", name, flags, TrainOptions)
     _check_device(config.run)
     if config.options.dry_run:
         print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
@@ -81,6 +72,23 @@ def train(arguments: Sequence[str]) -> int:
         if not directory.has_begun():
             shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
         raise
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    name, flags = _positional("sweep", "JOB", arguments)
+    from launch.sweep_space import SweepOptions, read_space
+
+    job, config, entries = _configured("sweep", name, flags, SweepOptions)
+    _check_device(config.run)
+    folder = config.run.runs_dir / (config.run.name or _free_name(config.run.runs_dir, f"sweep-{name}"))
+    shared = {key: value for key, value in entries.items() if key not in ("job", "name", "runs_dir")}
+    combined = combine("Trial", run=RunConfig, job=job.config_class())
+    space = read_space(config.options.space, shared, lambda trial: apply_entries(combined, trial, config.options.space))
+    try:
+        from launch.sweep import Sweep, run
+    except ImportError as error:
+        raise UserError(f"a sweep needs Ray Tune ({error}): pip install 'longstride[sweep]'") from None
+    return run(Sweep(name, folder.resolve(), shared, space, config.options, config.run.seed))
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -160,6 +168,7 @@ def doctor(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "sweep": sweep,
     "resume": resume,
     "runs": runs,
     "inspect": inspect,
@@ -176,6 +185,21 @@ class _Where:
 def _runs_dir(command: str, flags: Sequence[str]) -> Path:
     combined = combine("Where", where=_Where)
     return parse(combined, flags, source=command, prog=f"longstride {command}").where.runs_dir
+
+
+def _configured(command: str, name: str, flags: Sequence[str], options_class: type) -> tuple[jobs.Job, Any, dict]:
+    """The job, its configuration from recipe and flags, and that configuration as a recipe has it, options left out."""
+    job = jobs.find(name)
+    combined = combine(command.title(), options=options_class, run=RunConfig, job=job.config_class())
+    options: Any = tyro.cli(options_class, args=flags, return_unknown_args=True, add_help=False)[0]
+    base = combined()
+    if options.recipe:
+        base = apply_entries(combined, read_recipe(options.recipe, name), f"recipe {options.recipe}")
+    config = parse(combined, flags, base, source=f"{command} {name}", prog=f"longstride {command} {name}")
+    entries = {"job": name, **as_entries(config)}
+    for option in dataclasses.fields(options_class):
+        del entries[option.name]
+    return job, config, entries
 
 
 def _positional(command: str, what: str, arguments: Sequence[str]) -> tuple[str, list[str]]:

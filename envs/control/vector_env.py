@@ -16,6 +16,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from envs.control.spaces import ControlSpaces, action_kind, flattener, refuse_strange
 from models.errors import UserError, unknown_name
 
+LEAVE_THEIR_SPACE = {"LunarLander-v3", "LunarLanderContinuous-v3"}
+"""Ids of Gymnasium that play on outside the space that they declare: nothing ends the episode of a lander that climbs
+(Gymnasium's issue 752). Their observations need only be finite."""
+
 
 class ControlEnv:
     """`num_envs` copies of an environment, by its own vector implementation if it has one.
@@ -38,6 +42,8 @@ class ControlEnv:
                 f"the vector version of {env_id} does not autoreset in NEXT_STEP mode: it cannot be used here"
             )
         self._flatten, low, high = flattener(self.env.single_observation_space, env_id)
+        if env_id.rpartition(":")[2] in LEAVE_THEIR_SPACE:
+            low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
         self.spaces = ControlSpaces(len(low), action_kind(self.env.single_action_space, env_id), low, high)
 
     def reset(self, seed: int) -> np.ndarray:

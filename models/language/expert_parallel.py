@@ -15,6 +15,7 @@ from models.errors import UserError
 from models.language.decoder import Decoder, DecoderLayer
 from models.language.dispatch import Dispatch
 from models.language.experts import Experts, grouped_swiglu
+from models.language.lora_layers import Adapted
 
 
 class ParallelExperts(nn.Module):
@@ -63,11 +64,13 @@ def distribute_experts(model: Decoder, group: dist.ProcessGroup) -> None:
     """Keep this process's share of every mixture layer's experts; the model must be the same in all processes.
 
     What stays whole (routers, attention, embeddings) has gradients of this process's tokens alone: sum them over the
-    group. Raises UserError if the experts cannot be dealt out evenly.
+    group. Raises UserError if the experts cannot be dealt out evenly, or have adapters.
     """
     for layer in model.layers:
         layer = cast(DecoderLayer, layer)
         if layer.is_moe:
+            if isinstance(layer.mlp.experts, Adapted):
+                raise UserError("expert parallelism: experts with adapters are not dealt out; fold the adapters first")
             layer.mlp.experts = ParallelExperts(cast(Experts, layer.mlp.experts), group)
 
 

@@ -97,6 +97,19 @@ def test_an_environment_that_raises_is_named() -> None:
         env.step(np.array([1, 1]))
 
 
+def test_a_lander_that_climbs_out_of_its_declared_space_plays_on() -> None:
+    pytest.importorskip("Box2D")
+    env = ControlEnv("LunarLander-v3", 4)
+    observations = [env.reset(seed=0)]
+    for _ in range(200):
+        step = env.step(np.full(4, 2))  # the main engine
+        observations.append(step[0])
+    assert np.max(observations) > env.env.single_observation_space.high.max()
+    env.check(np.stack(observations), step[1])
+    with pytest.raises(UserError, match="not finite"):
+        env.check(observations[0] * np.nan, step[1])
+
+
 def test_gymnasium_is_asked_for_next_step_autoreset() -> None:
     gymnasium.register("OtherMode-v0", vector_entry_point=environments.SameStep)
     try:

@@ -13,7 +13,7 @@ from models.language.lora_layers import LoraConfig
 from models.language.moe import MixtureOfExperts
 from models.language.packing import Packing
 from models.language.router import RouterTrace
-from tests.models.language.policies import POLICIES
+from tests.models.language.policies import POLICIES, made
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -23,8 +23,10 @@ LENGTHS = (150, 1, 17, 64)
 @pytest.fixture(params=POLICIES)
 def pair(request: pytest.FixtureRequest) -> tuple[Decoder, Decoder]:
     """The same weights, representable in bfloat16, on the CPU in float32 and on the GPU in bfloat16."""
-    config = replace(POLICIES[request.param], head_dim=32, initializer_range=0.08)
-    gpu = Decoder(config).init_weights(0).to(torch.bfloat16)
+    # Without norms to bring them to size, small weights make small logits.
+    scale = 0.23 if POLICIES[request.param].norm_placement == "none" else 0.08
+    config = replace(POLICIES[request.param], head_dim=32, initializer_range=scale)
+    gpu = made(config).to(torch.bfloat16)
     return deepcopy(gpu).float(), gpu.cuda()
 
 
@@ -134,4 +136,5 @@ def test_decoding_with_a_cache(pair: tuple[Decoder, Decoder]) -> None:
         tokens = torch.stack([sequences[0][35 + step], sequences[1][4 + step]])
         ours = gpu(tokens, Packing.of([1, 1], "cuda"), cache)
         for row, (expected, start) in enumerate(zip(whole, (35, 4), strict=True)):
-            assert (ours[row] - expected[start + step]).abs().float().mean() < 0.03 * expected.float().std()
+            # Both round to bfloat16, in different orders; a wrong position or state is off by the logits' size.
+            assert (ours[row] - expected[start + step]).abs().float().mean() < 0.07 * expected.float().std()

@@ -11,6 +11,8 @@ import torch.multiprocessing
 from models.errors import UserError
 from models.language.decoder import Decoder
 from models.language.expert_parallel import ParallelExperts, distribute_experts
+from models.language.lora import attach
+from models.language.lora_layers import LoraConfig
 from models.language.packing import Packing
 from tests.models.language.policies import DEEPSEEK, MOE
 
@@ -37,6 +39,10 @@ def run_rank(rank: int, folder: str) -> None:
         check("one process has all the work", DEEPSEEK, rank, lopsided=True)
         with pytest.raises(UserError, match=r"2 processes do not divide num_experts \(5\)"):
             distribute_experts(Decoder(replace(MOE, num_experts=5)), dist.group.WORLD)
+        adapted = Decoder(MOE)
+        attach(adapted, LoraConfig(r=4, targets=("experts.down_proj",)), seed=0)
+        with pytest.raises(UserError, match="fold the adapters first"):
+            distribute_experts(adapted, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 

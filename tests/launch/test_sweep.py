@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cli import main
+
+pytestmark = pytest.mark.ray
+ENVIRONMENTS = "tests.envs.control.environments"
+SPACE = "lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nn_steps: {choices: [4, 8]}\nsegments: {low: 1, high: 3}\n"
+
+
+def command(path: Path, env: str, trials: int) -> list[str]:
+    (path / "space.yaml").write_text(SPACE)
+    settings = ["--env", f"{ENVIRONMENTS}:{env}", "--steps", "600", "--eval-every", "200", "--eval-episodes", "2"]
+    where = ["--backend", "local", "--runs-dir", str(path), "--name", "s", "--space", str(path / "space.yaml")]
+    return ["sweep", "a2c", *settings, *where, "--trials", str(trials), "--trials-at-once", "2"]
+
+
+def test_a_sweep_and_its_continuation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path, "Counting-v0", 2)) == 0
+    folder = tmp_path / "s"
+    first = json.loads((folder / "trials.json").read_text())
+    assert len(first) == 2
+    assert first[0]["value"] >= first[1]["value"]
+    for trial in first:
+        assert 1e-4 <= trial["settings"]["lr"] <= 1e-2
+        assert trial["settings"]["n_steps"] in (4, 8)
+        assert trial["settings"]["segments"] in (1, 2, 3)
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert {name: best[name] for name in first[0]["settings"]} == first[0]["settings"]
+    assert best["job"] == "a2c"
+
+    # As a kill leaves it: one run has not ended, and its result was never written.
+    stopped = next(path for path in (folder / "trials").glob("*.json"))
+    stopped.unlink()
+    summary = stopped.with_suffix("") / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
+    capsys.readouterr()
+    assert main(command(tmp_path, "Counting-v0", 3)) == 0
+    again = json.loads((folder / "trials.json").read_text())
+    assert len(again) == 3
+    assert all(trial in again for trial in first)
+    assert json.loads(summary.read_text())["status"] == "finished"
+    assert capsys.readouterr().out.count("trial ") == 2 + 1  # the resumed and the new one; and the table's head
+
+    assert main([*command(tmp_path, "Counting-v0", 3), "--mode", "min"]) == 2
+    assert "holds a sweep with other settings" in capsys.readouterr().err
+
+
+def test_trials_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path, "Raising", 1)) == 2
+    told = capsys.readouterr()
+    assert "1 of the trials failed; the first:" in told.err
+    assert "ZeroDivisionError" in told.err
+    assert main([*command(tmp_path, "Counting-v0", 1), "--name", "t", "--metric", "eval/nothing"]) == 2
+    assert "the run wrote no eval/nothing; it has eval/" in capsys.readouterr().err
