@@ -1,10 +1,10 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-from launch.cli import main
 
 pytestmark = pytest.mark.ray
 ENVIRONMENTS = "tests.envs.control.environments"
@@ -18,8 +18,15 @@ def command(path: Path, env: str, trials: int) -> list[str]:
     return ["sweep", "a2c", *settings, *where, "--trials", str(trials), "--trials-at-once", "2"]
 
 
-def test_a_sweep_and_its_continuation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path, "Counting-v0", 2)) == 0
+def longstride(arguments: list[str]) -> tuple[int, str]:
+    """A process of its own, since this one may have a Ray cluster already. Returns its exit code and what it said."""
+    done = subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_sweep_and_its_continuation(tmp_path: Path) -> None:
+    code, said = longstride(command(tmp_path, "Counting-v0", 2))
+    assert code == 0, said
     folder = tmp_path / "s"
     first = json.loads((folder / "trials.json").read_text())
     assert len(first) == 2
@@ -37,22 +44,24 @@ def test_a_sweep_and_its_continuation(tmp_path: Path, capsys: pytest.CaptureFixt
     stopped.unlink()
     summary = stopped.with_suffix("") / "summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
-    capsys.readouterr()
-    assert main(command(tmp_path, "Counting-v0", 3)) == 0
+    code, said = longstride(command(tmp_path, "Counting-v0", 3))
+    assert code == 0, said
+    assert said.count(": eval/return_mean ") == 2  # the resumed one and the new one
     again = json.loads((folder / "trials.json").read_text())
     assert len(again) == 3
     assert all(trial in again for trial in first)
     assert json.loads(summary.read_text())["status"] == "finished"
-    assert capsys.readouterr().out.count("trial ") == 2 + 1  # the resumed and the new one; and the table's head
 
-    assert main([*command(tmp_path, "Counting-v0", 3), "--mode", "min"]) == 2
-    assert "holds a sweep with other settings" in capsys.readouterr().err
+    code, said = longstride([*command(tmp_path, "Counting-v0", 3), "--mode", "min"])
+    assert code == 2
+    assert "holds a sweep with other settings" in said
 
 
-def test_trials_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path, "Raising", 1)) == 2
-    told = capsys.readouterr()
-    assert "1 of the trials failed; the first:" in told.err
-    assert "ZeroDivisionError" in told.err
-    assert main([*command(tmp_path, "Counting-v0", 1), "--name", "t", "--metric", "eval/nothing"]) == 2
-    assert "the run wrote no eval/nothing; it has eval/" in capsys.readouterr().err
+def test_trials_that_fail_are_told(tmp_path: Path) -> None:
+    code, said = longstride(command(tmp_path, "Raising", 1))
+    assert code == 2
+    assert "1 of the trials failed; the first:" in said
+    assert "ZeroDivisionError" in said
+    code, said = longstride([*command(tmp_path, "Counting-v0", 1), "--name", "t", "--metric", "eval/nothing"])
+    assert code == 2
+    assert "the run wrote no eval/nothing; it has eval/" in said
