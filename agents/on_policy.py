@@ -7,6 +7,7 @@ Shapes: T steps, N environments of all workers, B valid steps among them, D numb
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def evaluate(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     evaluate_checkpoint(config, run, workers, learner.snapshot())
 
 
-class Learner:
+class Learner(ABC):
     """Networks, optimizers, normalisers and counters: all that a checkpoint has to hold.
 
     An algorithm makes its `networks` (under "policy" the one that plays) and `optimizers`, and defines `update`.
@@ -121,9 +122,9 @@ class Learner:
         self.observation_moments = Moments.none(self.spaces.observation_size)
         self.return_moments = Moments.none(1)
 
+    @abstractmethod
     def update(self, fragment: Fragment) -> dict[str, float]:
         """Learn from a fragment, whose rewards are normalised. Returns metrics under `train/`."""
-        raise NotImplementedError
 
     @property
     def policy(self) -> Policy:

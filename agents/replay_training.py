@@ -11,6 +11,7 @@ Shapes: B transitions, A numbers an action.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -124,7 +125,7 @@ def start_workers(config: ReplayConfig, run: "Run", learner: "Learner") -> "Acto
     return run.actors(ExperienceWorker, config.workers, {"cpu": 1}, rollout, learner.noise, name="rollout")
 
 
-class Learner:
+class Learner(ABC):
     """Networks, optimizers, replay buffer and counters: all that a checkpoint has to hold.
 
     An algorithm makes the `actor`, which plays, all its `networks` and `optimizers`, and defines `update`.
@@ -148,9 +149,9 @@ class Learner:
         self.lag = 0  # gradient steps between the weights that played the latest fragment and those that learn from it
         self.returns: deque[float] = deque(maxlen=100)  # of the latest episodes
 
+    @abstractmethod
     def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         """Gradient step number `gradient_steps`. Returns scalars, logged under `train/`."""
-        raise NotImplementedError
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.gradient_steps, self.actor.flat_weights())

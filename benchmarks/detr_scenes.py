@@ -11,7 +11,6 @@ losses, and its batch norms, which transformers freezes, learn as ours do. It ru
 import contextlib
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from agents.vision import detr as job
 from agents.vision.dense_scaffold import dense_loss
 from agents.vision.detr_learner import DetrLearner, NetworkConfig
 from benchmarks.record import describe_machine, write_result
+from benchmarks.training_run import follow
 from envs.vision.example import DeviceBatch
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import DetrOutput
@@ -115,20 +115,10 @@ def run(config: Config, runs_dir: Path, name: str, flags: list[str], peer: bool)
     module = ["-m", "benchmarks.detr_scenes", "train-peer"] if peer else ["-m", "launch", "train", "detr"]
     common = ["--recipe", "detr-scenes-gpu", "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed)]
     command = [sys.executable, *module, *common, "--backend", config.backend, *(TOY if config.toy else []), *flags]
-    with (runs_dir / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if line.startswith("step"):
-                print(f"{name}: {line}", end="", flush=True)
-        if process.wait():
-            raise SystemExit((runs_dir / f"{name}.log").read_text()[-3000:])
-    entries = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
+    entries, summary = follow(command, runs_dir, name)
     speeds = [e["time/images_per_s"] for e in entries if "time/images_per_s" in e][1:]
     waits = [e["time/waited_for_images"] for e in entries if "time/waited_for_images" in e][1:]
     evaluations = [{"step": e["step"], "AP": e["eval/AP"]} for e in entries if "eval/AP" in e]
-    summary = json.loads((runs_dir / name / "summary.json").read_text())
     images_per_s = sorted(speeds)[len(speeds) // 2]
     batch_size = 8 if config.toy else 128
     return {

@@ -11,7 +11,6 @@ with another picture's caption, and real images, which are the detector's own li
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 import tyro
 
 from benchmarks.record import describe_machine, write_result
+from benchmarks.training_run import follow
 from envs.vision.shipped_weights import WEIGHTS
 from models.diffusion.folder import load_folder, save_folder
 
@@ -81,18 +81,8 @@ def run(config: Config, runs_dir: Path, name: str, first: int, second: int, ever
         "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
         "--eval-every", str(every), *(["--detector", str(config.detector)] if config.detector else []),
     ]  # fmt: skip
-    with (runs_dir / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if line.startswith("step"):
-                print(f"{name}: {line}", end="", flush=True)
-        if process.wait():
-            raise SystemExit((runs_dir / f"{name}.log").read_text()[-3000:])
-    entries = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
+    entries, summary = follow(command, runs_dir, name)
     sizes = json.loads((runs_dir / name / "model" / "final" / "unet" / "config.json").read_text())
-    metrics = json.loads((runs_dir / name / "summary.json").read_text())["metrics"]
     return {
         "seconds": round(time.perf_counter() - begin, 1),
         "autoencoder_steps": first,
@@ -100,7 +90,7 @@ def run(config: Config, runs_dir: Path, name: str, first: int, second: int, ever
         "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
         "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
         "unet_widths": sizes["block_out_channels"],
-        **{key: round(value, 4) for key, value in metrics.items() if key.startswith("eval/")},
+        **{key: round(value, 4) for key, value in summary["metrics"].items() if key.startswith("eval/")},
         "machine": describe_machine(),
     }
 

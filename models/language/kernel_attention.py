@@ -15,6 +15,7 @@ are then relative in expectation, as in softmax attention; for elu + 1 they are 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -46,13 +47,13 @@ class KernelAttention(RecurrentMixer):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
+    @abstractmethod
     def query_features(self, q_THC: Tensor) -> Tensor:
         """Float32 [T, H, F], not negative. A factor of its own for each token and head cancels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key_features(self, k_THC: Tensor) -> Tensor:
         """Float32 [T, H, F], positive: zeros stand for no token."""
-        raise NotImplementedError
 
     def project(self, x_TD: Tensor, cos_sin: Rotation, positions_T: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (proj(x_TD).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))

@@ -5,6 +5,7 @@ goes from `timesteps[i]` to the next one. Latents are float32 throughout: differ
 here. Shapes: x and predictions are (B, C, H, W).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from models.diffusion.noise_schedule import NoiseSchedule, SchedulerConfig, draw
 from models.errors import UserError
 
 
-class Scheduler:
+class Scheduler(ABC):
     """timesteps: the time to give to the denoiser at each step, falling; there may be more of them than steps."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {}  # for fields of the configuration that are None
@@ -46,9 +47,9 @@ class Scheduler:
         alpha_bar = self._alpha_bar[int(self.timesteps[i])]
         return alpha_bar**0.5 * x0_BCHW + (1 - alpha_bar) ** 0.5 * noise_BCHW
 
+    @abstractmethod
     def step(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The latent after step i. generator: for methods that add noise."""
-        raise NotImplementedError
 
     def _timesteps(self) -> list[float]:
         """Spread over the training schedule (Lin et al. 2023, arXiv 2305.08891, table 2)."""
@@ -79,13 +80,13 @@ class Scheduler:
 class GaussianScheduler(Scheduler):
     """A scheduler whose step is a sample of a normal distribution, p(x_{t-1} | x_t): a policy, to RL."""
 
+    @abstractmethod
     def mean_and_std(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor) -> tuple[Tensor, float]:
         """Mean (B, C, H, W) and standard deviation of step i."""
-        raise NotImplementedError
 
+    @abstractmethod
     def std(self, i: int) -> float:
         """The standard deviation of step i alone; 0 if the step is deterministic."""
-        raise NotImplementedError
 
     def step(self, prediction_BCHW: Tensor, i: int, x_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean_BCHW, std = self.mean_and_std(prediction_BCHW, i, x_BCHW)
