@@ -57,7 +57,7 @@ class Sweep:
     working_directory: str = dataclasses.field(default_factory=os.getcwd)  # Tune gives its actors another
 
     def trial_file(self, settings: Settings, ending: str) -> Path:
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_as_set(settings), sort_keys=True).encode()).hexdigest()
         return self.folder / "trials" / f"{digest[:12]}{ending}"
 
 
@@ -71,7 +71,7 @@ class Trial(tune.Trainable):
         command = ["resume", name, *where]
         if not self._directory.config.exists():
             recipe = sweep.trial_file(config, ".yaml")
-            entries = {"job": sweep.job} | with_values(sweep.entries, config)
+            entries = {"job": sweep.job} | with_values(sweep.entries, _as_set(config))
             write_atomically(recipe, yaml.safe_dump(entries, sort_keys=False))
             command = ["train", sweep.job, "--recipe", str(recipe), "--name", name, *where]
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,7 +128,7 @@ class Report(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         path, value = self._sweep.trial_file(trial.config, ".json"), trial.last_result[OBJECTIVE]
-        write_atomically(path, json.dumps({"settings": trial.config, "value": value}) + "\n")
+        write_atomically(path, json.dumps({"settings": _as_set(trial.config), "value": value}) + "\n")
         self._print(f"trial {path.stem}: {self._sweep.options.metric} {value:.5g} with {_shown(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
@@ -204,7 +204,8 @@ def _searcher(sweep: Sweep) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        points, values = [trial["settings"] for trial in finished], [trial["value"] for trial in finished]
+        points = [{name: _as_drawn(value) for name, value in trial["settings"].items()} for trial in finished]
+        values = [trial["value"] for trial in finished]
         return OptunaSearch(points_to_evaluate=points or None, evaluated_rewards=values or None, seed=seed % 2**32)
     except ImportError:
         raise UserError("--search optuna needs optuna: pip install 'longstride[sweep]', or --search random") from None
@@ -212,7 +213,7 @@ def _searcher(sweep: Sweep) -> Any:
 
 def _domain(dimension: Dimension) -> Any:
     if dimension.choices:
-        return tune.choice(list(dimension.choices))
+        return tune.choice([_as_drawn(choice) for choice in dimension.choices])
     low, high = dimension.low, dimension.high
     if dimension.whole:
         return (tune.lograndint if dimension.log else tune.randint)(int(low), int(high) + 1)
@@ -238,8 +239,17 @@ def _settings(entries: Mapping[str, Any], names: Sequence[str] | Mapping[str, An
         value: Any = entries
         for key in name.split("."):
             value = value[key]
-        found[name] = value
+        found[name] = _as_drawn(value)
     return found
+
+
+def _as_drawn(value: Any) -> Any:
+    """The search knows a list among the choices as its JSON text; files and runs have the list."""
+    return json.dumps(value) if isinstance(value, list | tuple) else value
+
+
+def _as_set(settings: Settings) -> Settings:
+    return {n: json.loads(v) if isinstance(v, str) and v.startswith("[") else v for n, v in settings.items()}
 
 
 def _missing(sweep: Sweep) -> int:

@@ -8,7 +8,10 @@ import yaml
 
 pytestmark = pytest.mark.ray
 ENVIRONMENTS = "tests.envs.control.environments"
-SPACE = "lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nn_steps: {choices: [4, 8]}\nsegments: {low: 1, high: 3}\n"
+SPACE = (
+    "lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nn_steps: {choices: [4, 8]}\nsegments: {low: 1, high: 3}\n"
+    + "hidden: {choices: [[8], [8, 8]]}\n"
+)
 
 
 def command(path: Path, env: str, trials: int) -> list[str]:
@@ -35,6 +38,7 @@ def test_a_sweep_and_its_continuation(tmp_path: Path) -> None:
         assert 1e-4 <= trial["settings"]["lr"] <= 1e-2
         assert trial["settings"]["n_steps"] in (4, 8)
         assert trial["settings"]["segments"] in (1, 2, 3)
+        assert trial["settings"]["hidden"] in ([8], [8, 8])
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert {name: best[name] for name in first[0]["settings"]} == first[0]["settings"]
     assert best["job"] == "a2c"
