@@ -3,9 +3,10 @@
 python -m benchmarks.diffusion_scenes --minutes 8.5 --detector runs/detr/model/final    # on the GPU
 python -m benchmarks.diffusion_scenes --minutes 2 --toy                                 # to see that it runs, on a CPU
 
-A short run measures the speed of both phases; the run proper then has as many steps as fit the time. A detector that
-was trained apart counts the objects of held-out captions that it finds in the pictures: beside it the same pictures
-with another picture's caption, and real images, which are the detector's own limit.
+A short run measures the speed of both phases; the run proper then has as many steps as fit the time. Afterwards a
+detector that was trained apart (it may still be learning on another GPU until then) counts the objects of held-out
+captions that it finds in the pictures: beside it the same pictures with another picture's caption, and real images,
+which are the detector's own limit.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ TOY = (
 @dataclasses.dataclass
 class Config:
     minutes: float = 8.5
-    """Of everything: starting up, rendering, compiling, training, evaluation."""
+    """Of everything but the detector's count: starting up, rendering, compiling, training, pictures."""
     seed: int = 0
     toy: bool = False
     backend: str = "ray"
@@ -61,6 +62,10 @@ def main(config: Config) -> None:
     second = max(few, int((1 - AUTOENCODER_SHARE) * left * probe["steps_per_s"]))
     print(f"{overhead:.0f} s beside training; {first} and {second} steps", flush=True)
     ours = run(config, runs_dir, "run", first, second, every=first + second)
+    if config.detector:
+        evaluate = [sys.executable, "-m", "launch", "evaluate", "run", "--runs-dir", str(runs_dir)]
+        flags = ["--backend", config.backend, "--detector", str(config.detector)]
+        ours |= evaluated(follow([*evaluate, *flags], runs_dir, "run")[1])
     write_result(config.output, "diffusion_scenes", ours)
     print(json.dumps(ours, indent=1), flush=True)
     if config.weights:
@@ -79,7 +84,7 @@ def run(config: Config, runs_dir: Path, name: str, first: int, second: int, ever
         "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed), "--backend", config.backend,
         *(TOY.split() if config.toy else []),
         "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
-        "--eval-every", str(every), *(["--detector", str(config.detector)] if config.detector else []),
+        "--eval-every", str(every),
     ]  # fmt: skip
     entries, summary = follow(command, runs_dir, name)
     sizes = json.loads((runs_dir / name / "model" / "final" / "unet" / "config.json").read_text())
@@ -90,9 +95,13 @@ def run(config: Config, runs_dir: Path, name: str, first: int, second: int, ever
         "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
         "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
         "unet_widths": sizes["block_out_channels"],
-        **{key: round(value, 4) for key, value in summary["metrics"].items() if key.startswith("eval/")},
+        **evaluated(summary),
         "machine": describe_machine(),
     }
+
+
+def evaluated(summary: dict[str, Any]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in summary["metrics"].items() if key.startswith("eval/")}
 
 
 def steps_per_s(entries: list[dict[str, Any]], metric: str, batch_size: int) -> float:
