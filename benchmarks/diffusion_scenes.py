@@ -1,12 +1,11 @@
-"""Latent diffusion on scenes, trained from random weights in a fixed time: does it draw what the caption says?
+"""Latent diffusion on scenes, trained from random weights: does it draw what the caption says?
 
-python -m benchmarks.diffusion_scenes --minutes 8.5 --detector runs/detr/model/final    # on the GPU
-python -m benchmarks.diffusion_scenes --minutes 2 --toy                                 # to see that it runs, on a CPU
+python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: the recipe's steps, 8 minutes
+python -m benchmarks.diffusion_scenes --toy --autoencoder-steps 60 --steps 60    # to see that it runs, on a CPU
 
-A short run measures the speed of both phases; the run proper then has as many steps as fit the time. Afterwards a
-detector that was trained apart (it may still be learning on another GPU until then) counts the objects of held-out
-captions that it finds in the pictures: beside it the same pictures with another picture's caption, and real images,
-which are the detector's own limit.
+Afterwards a detector that was trained apart (it may still be learning on another GPU until then) counts the objects of
+held-out captions that it finds in the pictures: beside it the same pictures with another picture's caption, and real
+images, which are the detector's own limit.
 """
 
 import dataclasses
@@ -26,7 +25,6 @@ from benchmarks.training_run import follow
 from envs.vision.shipped_weights import WEIGHTS
 from models.diffusion.folder import load_folder, save_folder
 
-AUTOENCODER_SHARE = 0.2  # of the time for training
 TOY = (
     "--data.scenes.size 32 --data.images 256 --data.heldout-images 16 --network.autoencoder-widths 16 16 16 16 "
     "--network.unet-widths 16 32 --network.unet-layers 1 --network.text-width 32 --network.text-layers 1 "
@@ -37,8 +35,9 @@ TOY = (
 
 @dataclasses.dataclass
 class Config:
-    minutes: float = 8.5
-    """Of everything but the detector's count: starting up, rendering, compiling, training, pictures."""
+    autoencoder_steps: int = 2000
+    steps: int = 5000
+    """Of the denoiser."""
     seed: int = 0
     toy: bool = False
     backend: str = "ray"
@@ -51,17 +50,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    begin = time.perf_counter()
     runs_dir = Path(tempfile.mkdtemp(prefix="diffusion-"))
-    few = 30 if config.toy else 300
-    probe = run(config, runs_dir, "probe", few, few, few)
-    trained = few * (1 / probe["autoencoder_steps_per_s"] + 1 / probe["steps_per_s"])
-    overhead = probe["seconds"] - trained  # rendering, compiling, evaluation: about the same in the run proper
-    left = config.minutes * 60 - (time.perf_counter() - begin) - 1.1 * overhead
-    first = max(few, int(AUTOENCODER_SHARE * left * probe["autoencoder_steps_per_s"]))
-    second = max(few, int((1 - AUTOENCODER_SHARE) * left * probe["steps_per_s"]))
-    print(f"{overhead:.0f} s beside training; {first} and {second} steps", flush=True)
-    ours = run(config, runs_dir, "run", first, second, every=first + second)
+    ours = train(config, runs_dir)
     if config.detector:
         evaluate = [sys.executable, "-m", "launch", "evaluate", "run", "--runs-dir", str(runs_dir)]
         flags = ["--backend", config.backend, "--detector", str(config.detector)]
@@ -73,25 +63,25 @@ def main(config: Config) -> None:
         figures = {"command": ["python", "-m", "benchmarks.diffusion_scenes", *sys.argv[1:]], **ours}
         (config.weights / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     if config.grid:
-        shutil.copy(runs_dir / "run" / "images" / f"{first + second}-samples.png", config.grid)
+        shutil.copy(runs_dir / "run" / "images" / f"{config.autoencoder_steps + config.steps}-samples.png", config.grid)
 
 
-def run(config: Config, runs_dir: Path, name: str, first: int, second: int, every: int) -> dict[str, Any]:
-    """Train `first` steps of the autoencoder and `second` of the denoiser, in a process of its own."""
+def train(config: Config, runs_dir: Path) -> dict[str, Any]:
+    """In a process of its own. Rendering, compiling and drawing samples are in `seconds` too."""
     begin = time.perf_counter()
     command = [
         sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
-        "--runs-dir", str(runs_dir), "--name", name, "--seed", str(config.seed), "--backend", config.backend,
+        "--runs-dir", str(runs_dir), "--name", "run", "--seed", str(config.seed), "--backend", config.backend,
         *(TOY.split() if config.toy else []),
-        "--learning.autoencoder-steps", str(first), "--learning.steps", str(second),
-        "--eval-every", str(every),
+        "--learning.autoencoder-steps", str(config.autoencoder_steps), "--learning.steps", str(config.steps),
+        "--eval-every", str(config.autoencoder_steps + config.steps),
     ]  # fmt: skip
-    entries, summary = follow(command, runs_dir, name)
-    sizes = json.loads((runs_dir / name / "model" / "final" / "unet" / "config.json").read_text())
+    entries, summary = follow(command, runs_dir, "run")
+    sizes = json.loads((runs_dir / "run" / "model" / "final" / "unet" / "config.json").read_text())
     return {
         "seconds": round(time.perf_counter() - begin, 1),
-        "autoencoder_steps": first,
-        "steps": second,
+        "autoencoder_steps": config.autoencoder_steps,
+        "steps": config.steps,
         "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
         "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
         "unet_widths": sizes["block_out_channels"],
