@@ -1,6 +1,6 @@
 """Latent diffusion on scenes, trained from random weights: does it draw what the caption says?
 
-python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: the recipe's steps, about 18 minutes
+python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: about 18 minutes
 python -m benchmarks.diffusion_scenes --toy --autoencoder-steps 60 --steps 60    # to see that it runs, on a CPU
 
 Afterwards a detector that was trained apart (it may still be learning on another GPU until then) counts the objects of
