@@ -63,7 +63,7 @@ class VLLMGenerator:
             )
         _set_environment(device)
         vllm = _import_vllm(device)
-        self.version = version
+        self.version, self._device = version, device
         self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
@@ -134,6 +134,7 @@ class VLLMGenerator:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
+        weights.received(self._device)
         self.version = version
 
     def load_adapter(self, adapter: Adapter, version: int) -> None:

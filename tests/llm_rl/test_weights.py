@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
 import torch
 
+from llm_rl import weights
 from llm_rl.weights import export, tensors
+from models.errors import UserError
 
 
 def test_round_trip_keeps_every_bit() -> None:
@@ -23,3 +26,9 @@ def test_export_is_a_copy_and_read_only_arrays_arrive() -> None:
     ((_, arrived),) = tensors(arrays)
     assert torch.equal(arrived, torch.zeros(3))
     assert isinstance(arrays["w"], np.ndarray)
+
+
+def test_weights_from_another_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_gpu", lambda: "GPU-1")
+    with pytest.raises(UserError, match=r"different GPUs.*--rollout.gpu-share"):
+        dict(tensors({weights.HANDLE: (), weights.GPU: "GPU-0", "layout": []}))
