@@ -17,6 +17,7 @@ from llm_rl.objective import advantages
 from llm_rl.sampler import ProblemSampler
 from llm_rl.session import Attempt, Session
 from llm_rl.sft import finetune, prepare
+from llm_rl.vllm_engine.adapters import require_servable
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -220,8 +221,9 @@ def validate(config: ReasonConfig, device: str) -> None:
                 "--rl.lora.serve adapter: fine-tuning in the same run changes the weights below the adapter; fine-tune "
                 "with `train sft` first and give its policy/final as --model with --sft.steps 0"
             )
-        if rl.lora.use_dora and config.engine == "vllm":
-            raise UserError("--rl.lora.serve adapter: vLLM does not serve DoRA; use --rl.lora.serve merged")
+        if config.engine == "vllm":
+            experts = [target for target in rl.lora.targets if "experts." in target]
+            require_servable({"use_dora": rl.lora.use_dora, "target_parameters": experts})
     if rl.temperature <= 0:
         raise UserError(f"--rl.temperature {rl.temperature}: RL samples, so it must be above 0")
 
