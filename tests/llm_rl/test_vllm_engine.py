@@ -7,7 +7,6 @@ import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import pstdev
 
@@ -151,13 +150,6 @@ def run_engine(kind: str, folder: str) -> Report:
     return report
 
 
-@pytest.fixture(scope="module")
-def engines() -> ProcessPoolExecutor:
-    pytest.importorskip("vllm")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def report(request: pytest.FixtureRequest, engines: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("model")
@@ -269,9 +261,9 @@ def test_recorded_experts_are_the_learners(engines: ProcessPoolExecutor, tmp_pat
 
 
 @pytest.mark.gpu
-def test_recorded_experts_on_a_gpu(engines: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_recorded_experts_on_a_gpu(engine_of_its_own: ProcessPoolExecutor, tmp_path: Path) -> None:
     """In bfloat16 a few choices differ; replaying them brings the learner nearer to the sampler."""
-    _, agreement, plain, replayed = engines.submit(record_experts, "cuda", str(tmp_path)).result(timeout=240)
+    _, agreement, plain, replayed = engine_of_its_own.submit(record_experts, "cuda", str(tmp_path)).result(timeout=240)
     print(f"choices that agree {agreement:.4f}, mismatch KL {plain:.2e} without and {replayed:.2e} with replay")
     assert agreement > 0.9
     assert replayed <= plain

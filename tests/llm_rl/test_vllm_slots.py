@@ -1,10 +1,9 @@
-"""What one request leaves in vLLM's memory must not reach another: preempted, aborted and finished requests, whose pages
-and states others get next; and batches that a captured graph fills up."""
+"""What one request leaves in vLLM's memory must not reach another: preempted, aborted and finished requests, whose
+pages and states others get next; and batches that a captured graph fills up."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.vllm_engine.generator import VLLMGenerator
 from models.language.checkpoint import save_pretrained, to_checkpoint
 from tests.llm_rl.scoring import differences, moved
-from tests.models.language.policies import HYBRID, RECURRENT, SPARSE, made
+from tests.models.language.policies import HYBRID, RECURRENT, RECURRENT_KINDS, SPARSE, made
 
 KINDS = {
     "hybrid": replace(HYBRID, head_dim=32, initializer_range=0.12),
-    "recurrent": replace(RECURRENT, head_dim=32),
+    "recurrent": replace(RECURRENT, head_dim=32, num_hidden_layers=7, layer_types=(*RECURRENT_KINDS, "full_attention")),
     "sparse": replace(SPARSE, head_dim=32, initializer_range=0.12),
 }
 PROMPTS = [[(7 * i + j) % 97 for j in range(100)] for i in range(11)]
@@ -100,13 +99,6 @@ def counted(owner: Any, name: str, then: Callable[[], Any] = lambda: None) -> li
     return calls
 
 
-@pytest.fixture(scope="module")
-def engines() -> Iterator[ProcessPoolExecutor]:
-    pytest.importorskip("vllm")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_leaks_from_request_to_request(kind: str, engines: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -118,8 +110,8 @@ def test_nothing_leaks_from_request_to_request(kind: str, engines: ProcessPoolEx
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_leaks_on_a_gpu(kind: str, engines: ProcessPoolExecutor, tmp_path: Path) -> None:
-    report = engines.submit(run, kind, "cuda", str(tmp_path)).result(timeout=240)
+def test_nothing_leaks_on_a_gpu(kind: str, engine_of_its_own: ProcessPoolExecutor, tmp_path: Path) -> None:
+    report = engine_of_its_own.submit(run, kind, "cuda", str(tmp_path)).result(timeout=240)
     print(kind, report)
     assert report.preemptions > 0
     assert max(report.pressed, report.after_abort, report.fresh) < 0.15
