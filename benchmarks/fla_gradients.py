@@ -5,11 +5,11 @@ against our plain form in float32.
     python -m benchmarks.fla_gradients --device cpu     # ours alone, to see that it runs
 
 Triton 3.4 to 3.7.0 compiles one of its kernels to wrong code on Hopper GPUs (its issue 640): `chunk_bwd_kernel_dqkwg`,
-which both operators use, where it reads 64 channels at once. Which configuration runs is the tuner's choice, so each one
-is run by itself here, with the package's own tiles and with tiles of 32 channels; so are those of
+which both operators use, where it reads 64 channels at once. Which configuration runs is the tuner's choice, so each
+one is run by itself here, with the package's own tiles and with tiles of 32 channels; so are those of
 `prepare_wy_repr_bwd_kernel`, whose sibling in the ungated rule was wrong too (issue 984). A configuration counts as
-right if no tensor is off by more than 2% in bfloat16, as in tests/models/language/test_attention_cuda.py. In float32 the
-first configuration is run.
+right if no tensor is off by more than 2% in bfloat16, as in tests/models/language/test_attention_cuda.py. In float32
+the first configuration is run.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.problem import Problem
 from llm_rl.batch import Sample
-from llm_rl.config import ReasonConfig, RLConfig
+from llm_rl.config import ReasonConfig, RLConfig, require_sizes
 from llm_rl.length_reward import length_reward
 from llm_rl.objective import advantages
 from llm_rl.sampler import ProblemSampler
@@ -201,6 +201,7 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
 
 def validate(config: ReasonConfig, device: str) -> None:
     """Refuse what cannot train, before anything is started."""
+    require_sizes(config)
     rl = config.rl
     if rl.samples < 2 and rl.objective != "rest":
         raise UserError(f"--rl.samples {rl.samples}: a baseline over a problem's samples needs at least 2")

@@ -70,6 +70,10 @@ class RolloutWorker:
     ) -> list[list[Completion]]:
         return self.generator.generate(prompts, sampling, samples, seed)
 
+    def close(self) -> None:
+        """Where the worker is no process of its own, whose end would free all."""
+        self.generator.close()
+
 
 def collect(
     workers: "ActorGroup",

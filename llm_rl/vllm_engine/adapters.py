@@ -26,12 +26,17 @@ class ServedAdapter:
     """The one adapter that an engine serves at present."""
 
     def __init__(self, rank: int) -> None:
-        """rank: the largest that will come."""
+        """rank: the largest that will come. Raises UserError for one that vLLM has no room for."""
+        if rank > RANKS[-1]:
+            raise UserError(
+                f"vLLM serves adapters of rank {RANKS[-1]} at most, and this one has {rank} (with init pissa twice its "
+                "rank); lower --rl.lora.rank, or use --rl.lora.serve merged"
+            )
         self.rank, self.number = rank, 0
         self.request: Any = None  # goes with each prompt; None: the base weights
 
     def engine_settings(self) -> dict[str, Any]:
-        limit = next((rank for rank in RANKS if rank >= self.rank), RANKS[-1])
+        limit = next(rank for rank in RANKS if rank >= self.rank)
         return {
             "enable_lora": True,
             "max_loras": 1,

@@ -56,10 +56,10 @@ class VLLMGenerator:
         """
         config = read_config(model_folder)
         self.max_model_len = context_length(config, max_model_len)
+        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         _set_environment(device)
         vllm = _import_vllm(device)
         self.version, self._device = version, device
-        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
         self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16

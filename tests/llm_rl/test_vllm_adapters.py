@@ -111,3 +111,9 @@ def test_adapters_that_are_not_served(settings: dict[str, object], message: str)
     with pytest.raises(UserError, match=rf"{message}.*--rl.lora.serve merged"):
         require_servable(settings)
     require_servable({"use_dora": False, "target_modules": ["q_proj", "model.layers.0.self_attn.o_proj"]})
+
+
+def test_a_rank_without_room_is_refused_before_vllm_starts(tmp_path: Path) -> None:
+    save_pretrained(Decoder(DENSE).init_weights(0), tmp_path)
+    with pytest.raises(UserError, match=r"rank 512 at most, and this one has 640.*--rl.lora.rank"):
+        VLLMGenerator(tmp_path, adapter_rank=640)
