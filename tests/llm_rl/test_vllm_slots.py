@@ -14,11 +14,18 @@ from llm_rl import weights
 from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.vllm_engine.generator import VLLMGenerator
 from models.language.checkpoint import save_pretrained, to_checkpoint
-from tests.llm_rl.scoring import differences, moved
+from tests.llm_rl.scoring import differences, moved, with_biases
 from tests.models.language.policies import HYBRID, RECURRENT, RECURRENT_KINDS, SPARSE, made
 
 KINDS = {
-    "hybrid": replace(HYBRID, head_dim=32, initializer_range=0.12),
+    "hybrid": replace(
+        HYBRID,
+        head_dim=32,
+        initializer_range=0.12,
+        scoring_func="sigmoid",
+        routed_scaling_factor=0.3,
+        router_selection_bias=True,
+    ),
     "recurrent": replace(RECURRENT, head_dim=32, num_hidden_layers=7, layer_types=(*RECURRENT_KINDS, "full_attention")),
     "sparse": replace(SPARSE, head_dim=32, initializer_range=0.12),
 }
@@ -39,7 +46,7 @@ class Report:
 
 
 def run(kind: str, device: str, folder: str) -> Report:
-    model = made(KINDS[kind])
+    model = with_biases(made(KINDS[kind]), seed=0)
     save_pretrained(model, folder)
     dtype = "float32" if device == "cpu" else "bfloat16"
     model = model.to(device, getattr(torch, dtype)).eval()
