@@ -18,7 +18,7 @@ from llm_rl.generator import Adapter
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
 from llm_rl.optimizer import MasterAdamW
-from llm_rl.weights import CudaExport, export
+from llm_rl.weights import CudaExport, export, gpu
 from models.errors import UserError
 from models.language.balancing import (
     ExpertLoad,
@@ -193,6 +193,13 @@ class Learner:
     def weights(self) -> dict[str, Any]:
         """The policy under checkpoint names, adapters merged, for the generators."""
         return self.export(to_checkpoint(self.model))
+
+    def weights_on_host(self) -> dict[str, Any]:
+        """The same for generators on other GPUs."""
+        return export(to_checkpoint(self.model))
+
+    def gpu(self) -> str:
+        return gpu()
 
     def adapter(self) -> Adapter:
         """The adapter alone, for generators that hold the weights below it."""

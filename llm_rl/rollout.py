@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Adapter, Completion, Generator, SamplingConfig
+from llm_rl.weights import gpu
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class RolloutWorker:
                 max_num_seqs=config.max_num_seqs,
                 record_experts=record_experts,
             )
+
+    def gpu(self) -> str:
+        return gpu()
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self.generator.load_weights(named, version)

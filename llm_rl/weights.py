@@ -3,6 +3,7 @@
 On the CPU they travel through the object store as numpy arrays, which Ray hands to actors without a copy. On one GPU
 the learner writes them into one flat buffer that the generators map once (CUDA IPC) and read at every sync; nothing
 but the layout travels. Whoever reads calls `received` when all is copied: the learner may write the buffer again then.
+From GPU to GPU they go by the host as on the CPU.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,25 +62,27 @@ class CudaExport:
         from torch.multiprocessing.reductions import reduce_tensor
 
         _, handle = reduce_tensor(buffer)  # once: each call takes an event and a place in a table
-        self.offer = {HANDLE: handle, GPU: _gpu(), "layout": self.layout}
+        self.offer = {HANDLE: handle, GPU: gpu(), "layout": self.layout}
         return buffer
 
 
 _mapped: dict[bytes, Tensor] = {}  # buffers of other processes that this process has opened, by handle
 
 
-def _gpu() -> str:
-    """Which GPU this process computes on, whatever number it has here."""
+def gpu() -> str:
+    """Which GPU this process computes on, whatever number it has here; "" for none."""
+    if not torch.cuda.is_available():
+        return ""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def _open(handle: tuple[Any, ...], gpu: str) -> Tensor:
+def _open(handle: tuple[Any, ...], where: str) -> Tensor:
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    if gpu != _gpu():
+    if where != gpu():
         raise UserError(
-            "the learner and a rollout worker are on different GPUs, and weights go from one to the other within one: "
-            "lower --rollout.workers, or --rollout.gpu-share and --learner.gpu-share, until their sum fits one GPU"
+            "a rollout worker was started anew on another GPU than the learner's, which it cannot read weights from: "
+            "`longstride resume` places all of them again"
         )
     key = handle[7]  # the IPC handle's bytes: the same allocation gives the same handle
     if key not in _mapped:
