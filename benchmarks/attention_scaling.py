@@ -2,15 +2,16 @@
 
 python -m benchmarks.attention_scaling                                        # GPU, bfloat16, 1k to 64k tokens
 python -m benchmarks.attention_scaling --device cpu --lengths 256 512 --hidden-size 64 --heads 2 --head-dim 32
+python -m benchmarks.attention_scaling --operators-only --fla-processes 14    # the operators, beside fla's kernels
 python -m benchmarks.attention_scaling --plot-only                            # the newest entry of the JSON file as PNG
 
 A layer is the whole mixer with its projections (gated_attention_unit: with its MLP, which is the same thing). The
 peer is full_attention, which is FlashAttention on a GPU. Operators alone are timed beside flash-linear-attention's
-kernels where that package is installed. The file is rewritten after each measurement, so a run may be cut short.
+kernels where that package is installed, one operator at all lengths after another; its kernels are tuned once each
+(fla_kernels.py). The file is rewritten after each measurement, so a run may be cut short.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import fla_kernels
+from benchmarks.fla_kernels import operator_inputs
 from benchmarks.record import write_result
 from models.language import delta_rule, linear_attention
 from models.language.cache import KeyValueCache, StateCache
@@ -44,6 +47,8 @@ class Config:
     decode_batch: int = 8
     seconds: float = 0.1  # for each figure, after one call to warm up
     budget_s: float = 150.0  # start no measurement after this
+    operators_only: bool = False
+    fla_processes: int = 0  # compile flash-linear-attention's kernels in so many processes first
     output: Path = Path("benchmarks/results/attention_scaling.json")
     plot: Path = Path("docs/images/attention_scaling.png")
     plot_only: bool = False
@@ -74,16 +79,22 @@ class Figures:
 def main(config: Config) -> None:
     if not config.plot_only:
         figures = Figures(config)
-        for length in config.lengths:  # all kinds at one length first: a run that is cut short compares the kinds
-            for kind in config.kinds:
-                if figures.out_of_time():
-                    print(f"no time left for {kind} at {length}")
-                    continue
-                training(figures, kind, length)
-                decoding(figures, kind, length)
-            if not figures.out_of_time():
-                operators(figures, length)
-    plot(json.loads(config.output.read_text())[-1], config.plot)
+        if not config.operators_only:
+            layers(figures)
+        operators(figures)
+    entry = json.loads(config.output.read_text())[-1]
+    if entry["ours"]["training_ms"]:
+        plot(entry, config.plot)
+
+
+def layers(figures: Figures) -> None:
+    for length in figures.config.lengths:  # all kinds at one length first: a run that is cut short compares the kinds
+        for kind in figures.config.kinds:
+            if figures.out_of_time():
+                print(f"no time left for {kind} at {length}")
+                continue
+            training(figures, kind, length)
+            decoding(figures, kind, length)
 
 
 def training(figures: Figures, kind: str, length: int) -> None:
@@ -140,16 +151,29 @@ def a_layer(
     return layer, x_TD, packing, rotation(frequency, packing.positions_T, dtype)
 
 
-def operators(figures: Figures, length: int) -> None:
+def operators(figures: Figures) -> None:
     """Forward and backward of the mixing alone, beside flash-linear-attention's kernels of the same operators."""
     config = figures.config
-    shape = (1, length, config.heads, config.head_dim)
     dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
-    generator = torch.Generator(config.device).manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator, device=config.device, dtype=dtype) for _ in range(3))
-    q, k = normalize(q, dim=-1), normalize(k, dim=-1)
-    log_g = -torch.rand(shape[:3], generator=generator, device=config.device) / 10
-    beta = torch.rand(shape[:3], generator=generator, device=config.device)
+    for side, name, operator in operators_of_both_sides(figures):
+        tuned = config.device == "cpu" or side is figures.ours or name == "SDPA"
+        for length in config.lengths:
+            if figures.out_of_time():
+                print(f"no time left for the operator {name} at {length}")
+                break
+            if name == "SDPA" and config.device == "cpu" and length > 4096:
+                break
+            if not tuned:  # at a length that fills the GPU; the others follow it
+                middle = sorted(config.lengths)[len(config.lengths) // 2]
+                measure(a_step(operator, inputs_of(config, name, middle, dtype)), config)
+                tuned = True
+            milliseconds, _ = measure(a_step(operator, inputs_of(config, name, length, dtype)), config)
+            figures.add(side["operator_ms"], name, length, milliseconds)
+
+
+def operators_of_both_sides(figures: Figures) -> list[tuple[dict[str, Any], str, Callable[..., Any]]]:
+    """(ours or the peer's, name, operator), those of one kind beside each other."""
+    config = figures.config
 
     def softmax(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -161,38 +185,42 @@ def operators(figures: Figures, length: int) -> None:
     def delta_in_torch(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         return delta_rule.chunked_in_torch(q, k, v, log_g, beta, None, linear_attention.CHUNK)
 
-    cases: list[tuple[dict[str, Any], str, Callable[..., Any], list[Tensor]]] = [
-        (figures.ours, "linear_attention", linear_attention.chunked, [q, k, v, log_g]),
-        (figures.ours, "linear_attention without decay", undecayed, [q, k, v]),
-        (figures.ours, "gated_delta_rule", delta_rule.chunked, [q, k, v, log_g, beta]),
-        (figures.ours, "gated_delta_rule in plain torch", delta_in_torch, [q, k, v, log_g, beta]),
-    ]
-    if config.device == "cuda" or length <= 4096:
-        cases.append((figures.peer, "SDPA", softmax, [q, k, v]))
+    ours: dict[str, Callable[..., Any]] = {
+        "linear_attention": linear_attention.chunked,
+        "linear_attention without decay": undecayed,
+        "gated_delta_rule": delta_rule.chunked,
+        "gated_delta_rule in plain torch": delta_in_torch,
+    }
+    theirs: dict[str, Callable[..., Any]] = {}
     if config.device == "cuda":
         try:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-            from fla.ops.simple_gla import chunk_simple_gla
+            theirs = fla_kernels.fla_operators()
         except ImportError:
             print("flash-linear-attention is not installed: no figures of its kernels")
         else:
-            simple = functools.partial(chunk_simple_gla, scale=1.0)
-            delta = functools.partial(chunk_gated_delta_rule, scale=1.0)
-            cases.append((figures.peer, "linear_attention", simple, [q, k, v, log_g]))
-            cases.append((figures.peer, "linear_attention without decay", simple, [q, k, v]))
-            cases.append((figures.peer, "gated_delta_rule", delta, [q, k, v, log_g, beta]))
-    for side, name, operator, inputs in cases:
-        if figures.out_of_time():  # fla's kernels take minutes to tune themselves at first
-            print(f"no time left for the operator {name} at {length}")
-            continue
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        direction = torch.randn_like(v)
+            if config.fla_processes:
+                fla_kernels.compile_in_parallel(config.heads, config.head_dim, config.fla_processes)
+            fla_kernels.tune_quickly()
+    sides: list[tuple[dict[str, Any], str, Callable[..., Any]]] = [(figures.peer, "SDPA", softmax)]
+    for name, operator in ours.items():
+        sides.append((figures.ours, name, operator))
+        if name in theirs:
+            sides.append((figures.peer, name, theirs[name]))
+    return sides
 
-        def step(operator: Callable[..., Any] = operator, leaves: list[Tensor] = leaves) -> None:
-            torch.autograd.grad(operator(*leaves)[0], leaves, direction)  # noqa: B023  (used before the next turn)
 
-        milliseconds, _ = measure(step, config)
-        figures.add(side["operator_ms"], name, length, milliseconds)
+def inputs_of(config: Config, name: str, length: int, dtype: torch.dtype) -> list[Tensor]:
+    return operator_inputs(name, length, config.heads, config.head_dim, config.device, dtype)
+
+
+def a_step(operator: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], None]:
+    leaves = [x.requires_grad_() for x in inputs]
+    direction = torch.randn_like(leaves[2])
+
+    def step() -> None:
+        torch.autograd.grad(operator(*leaves)[0], leaves, direction)
+
+    return step
 
 
 def measure(step: Callable[[], Any], config: Config) -> tuple[float | str, float | None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TAIL = 15  # lines of the log
+READ_BYTES = 1 << 20  # of its end; a chatty actor writes far more
 
 
 def oom_kills() -> int:
@@ -34,11 +35,11 @@ class BirthRecord:
         return cls(log, log.stat().st_size if log.exists() else 0, oom_kills())
 
     def written(self) -> str:
-        """What the process wrote to its log."""
+        """What the process wrote to its log, the end of it."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as file:
-            file.seek(self.log_size)
+            file.seek(max(self.log_size, self.log.stat().st_size - READ_BYTES))
             return file.read().decode(errors="replace")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.language.packing import Packing
+from models.language.packing import Packing, on_device
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def pack(samples: Sequence[Sample], device: torch.device | str) -> PackedBatch:
         sequence += [index] * len(sample.completion)
         sampler += sample.sampler_logprobs or [0.0] * len(sample.completion)
     return PackedBatch(
-        tokens_T=torch.tensor(tokens, device=device),
+        tokens_T=on_device(tokens, device),
         packing=Packing.of([len(sample) for sample in samples], device),
-        predict_N=torch.tensor(predict, device=device),
-        targets_N=torch.tensor(targets, device=device),
-        sequence_N=torch.tensor(sequence, device=device),
-        sampler_N=torch.tensor(sampler, device=device, dtype=torch.float32),
-        advantage_S=torch.tensor([sample.advantage for sample in samples], device=device, dtype=torch.float32),
+        predict_N=on_device(predict, device),
+        targets_N=on_device(targets, device),
+        sequence_N=on_device(sequence, device),
+        sampler_N=on_device(sampler, device, torch.float32),
+        advantage_S=on_device([sample.advantage for sample in samples], device, torch.float32),
         replay_TLK=_replay(samples, device),
     )
 
@@ -75,7 +75,7 @@ def _replay(samples: Sequence[Sample], device: torch.device | str) -> Tensor | N
         return None
     if [len(experts) for experts in given] != [len(sample) for sample in samples]:
         raise ValueError("the experts of every token of every sample are needed to replay them")
-    return torch.from_numpy(np.concatenate(given)).to(device, torch.int64)
+    return on_device(np.concatenate(given), device).long()
 
 
 def microbatches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[int]]:

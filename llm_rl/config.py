@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from envs.reasoning.scene_prompts import SceneJudgeConfig
+from models.errors import UserError
 
 
 @dataclass
@@ -171,3 +172,25 @@ class ReasonConfig(LanguageJob):
 class SFTJobConfig(LanguageJob):
     max_tokens: int = 128  # new tokens per completion in evaluation
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(steps=500))
+
+
+_AT_LEAST_ONE = (
+    "count", "save_every", "verifier_workers", "eval.count", "eval.samples", "rollout.workers", "rollout.max_num_seqs",
+    "learner.tokens_per_microbatch", "learner.threads", "sft.batch_size", "sft.count", "max_tokens", "rl.samples",
+    "rl.minibatches", "rl.problems_per_iteration", "rl.max_tokens",
+)  # fmt: skip
+_POSITIVE = (
+    "rollout.kv_cache_gib", "rollout.timeout_s", "learner.timeout_s", "learner.max_grad_norm", "sft.lr", "rl.lr",
+    "rl.importance_cap",
+)  # fmt: skip
+
+
+def require_sizes(config: LanguageJob) -> None:
+    """Raise UserError for a number that no run could have, before anything is started."""
+    for names, least in ((_AT_LEAST_ONE, "at least 1"), (_POSITIVE, "positive")):
+        for name in names:
+            section, _, field_name = name.rpartition(".")
+            owner = getattr(config, section, None) if section else config  # `rl` is of one of the jobs
+            value = getattr(owner, field_name, None)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be {least}")

@@ -18,7 +18,7 @@ from llm_rl.generator import Adapter
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
 from llm_rl.optimizer import MasterAdamW
-from llm_rl.weights import CudaExport, export
+from llm_rl.weights import CudaExport, export, gpu
 from models.errors import UserError
 from models.language.balancing import (
     ExpertLoad,
@@ -29,6 +29,7 @@ from models.language.balancing import (
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
 from models.language.lora import LoraConfig, adapter_names, attach, checked_targets, fold, learning_rate_ratios
+from models.language.packing import on_device
 from models.language.parametrisation import learning_rate_multipliers
 from models.language.peft_folder import adapter_settings, adapter_tensors, save_adapter
 from models.language.router import RouterTrace
@@ -110,7 +111,7 @@ class Learner:
         self.model.train()
         total_tokens = sum(len(sample.completion) for sample in samples)
         lots = list(microbatches(samples, self.config.tokens_per_microbatch))
-        loss_sum, load = 0.0, ExpertLoad()
+        loss_sum, load = self._zero(), ExpertLoad()
         for lot in lots:
             batch = pack([samples[i] for i in lot], self.device)
             logprobs_N, trace = self._forward(batch)
@@ -118,10 +119,10 @@ class Learner:
             (loss + self._router_loss(trace, batch) / len(lots)).backward()
             self.optimizer.gather()
             load += ExpertLoad.of(trace.records)
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
         norm = self._step(lr, step, load)
         self.model.eval()
-        return {"sft/loss": loss_sum, "sft/grad_norm": norm, "sft/lr": lr, **_figures(load)}
+        return {"sft/loss": loss_sum.item(), "sft/grad_norm": norm, "sft/lr": lr, **_figures(load)}
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
@@ -136,19 +137,24 @@ class Learner:
     def iterate(self, samples: Sequence[Sample], config: RLConfig, lr: float, seed: int, step: int) -> dict[str, float]:
         """One iteration of policy optimisation on the samples of the present policy (k1.5, section 2.3.2).
 
-        The policy at entry is the reference, and the optimizer starts without moments.
+        The policy at entry is the reference, and the optimizer starts without moments. It ends without them too: they
+        would take memory while the engines sample, and room in a checkpoint.
+
+        On a GPU nothing waits for a result between the first micro-batch and the optimizer's step.
         """
         self.optimizer.reset()
         reference = self.score(samples, config.temperature)
-        sampler = [torch.tensor(s.sampler_logprobs, device=self.device) for s in samples]
-        metrics = mismatch(torch.cat(reference), torch.cat(sampler))
+        sampler_N = on_device([logprob for s in samples for logprob in s.sampler_logprobs], self.device, torch.float32)
+        metrics = mismatch(torch.cat(reference), sampler_N)
         objective = OBJECTIVES[config.objective]
-        losses, norms, weights = [], [], []
+        losses: list[Tensor] = []
+        norms: list[float] = []
+        weights: list[Tensor] = []
         total_load = ExpertLoad()
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
-            loss_sum, load = 0.0, ExpertLoad()
+            loss_sum, load = self._zero(), ExpertLoad()
             for lot in lots:
                 packed = pack([minibatch[i] for i in lot], self.device)
                 logprobs_N, trace = self._forward(packed, config.temperature)
@@ -165,24 +171,35 @@ class Learner:
                 (loss + self._router_loss(trace, packed) / len(lots)).backward()
                 self.optimizer.gather()
                 load += ExpertLoad.of(trace.records)
-                loss_sum += loss.item()
-                weights.append(weight_N.mean().item())
+                loss_sum += loss.detach()
+                weights.append(weight_N.mean())
             norms.append(self._step(lr, step, load))
             total_load += load
             losses.append(loss_sum)
+        self.optimizer.reset()
         metrics |= {
             "train/lr": lr,
-            "train/loss": sum(losses) / len(losses),
+            "train/loss": torch.stack(losses).mean().item(),
             "train/grad_norm": sum(norms) / len(norms),
-            "train/importance_weight": sum(weights) / len(weights),
-            "train/entropy": -torch.cat(sampler).mean().item(),  # of the sampled tokens: E[-log π] = H
+            "train/importance_weight": torch.stack(weights).mean().item(),
+            "train/entropy": -sampler_N.mean().item(),  # of the sampled tokens: E[-log π] = H
             "train/tokens": float(sum(len(s.completion) for s in samples)),
         }
         return metrics | _figures(total_load)
 
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self.device)
+
     def weights(self) -> dict[str, Any]:
         """The policy under checkpoint names, adapters merged, for the generators."""
         return self.export(to_checkpoint(self.model))
+
+    def weights_on_host(self) -> dict[str, Any]:
+        """The same for generators on other GPUs."""
+        return export(to_checkpoint(self.model))
+
+    def gpu(self) -> str:
+        return gpu()
 
     def adapter(self) -> Adapter:
         """The adapter alone, for generators that hold the weights below it."""

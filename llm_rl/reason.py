@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.problem import Problem
 from llm_rl.batch import Sample
-from llm_rl.config import ReasonConfig, RLConfig
+from llm_rl.config import ReasonConfig, RLConfig, require_sizes
 from llm_rl.length_reward import length_reward
 from llm_rl.objective import advantages
 from llm_rl.sampler import ProblemSampler
 from llm_rl.session import Attempt, Session
 from llm_rl.sft import finetune, prepare
+from llm_rl.vllm_engine.adapters import require_servable
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -200,6 +201,7 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
 
 def validate(config: ReasonConfig, device: str) -> None:
     """Refuse what cannot train, before anything is started."""
+    require_sizes(config)
     rl = config.rl
     if rl.samples < 2 and rl.objective != "rest":
         raise UserError(f"--rl.samples {rl.samples}: a baseline over a problem's samples needs at least 2")
@@ -220,8 +222,9 @@ def validate(config: ReasonConfig, device: str) -> None:
                 "--rl.lora.serve adapter: fine-tuning in the same run changes the weights below the adapter; fine-tune "
                 "with `train sft` first and give its policy/final as --model with --sft.steps 0"
             )
-        if rl.lora.use_dora and config.engine == "vllm":
-            raise UserError("--rl.lora.serve adapter: vLLM does not serve DoRA; use --rl.lora.serve merged")
+        if config.engine == "vllm":
+            experts = [target for target in rl.lora.targets if "experts." in target]
+            require_servable({"use_dora": rl.lora.use_dora, "target_parameters": experts})
     if rl.temperature <= 0:
         raise UserError(f"--rl.temperature {rl.temperature}: RL samples, so it must be above 0")
 

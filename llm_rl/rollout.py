@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Adapter, Completion, Generator, SamplingConfig
+from llm_rl.weights import gpu
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class RolloutWorker:
                 record_experts=record_experts,
             )
 
+    def gpu(self) -> str:
+        return gpu()
+
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self.generator.load_weights(named, version)
 
@@ -69,6 +73,10 @@ class RolloutWorker:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, samples: int, seed: int
     ) -> list[list[Completion]]:
         return self.generator.generate(prompts, sampling, samples, seed)
+
+    def close(self) -> None:
+        """Where the worker is no process of its own, whose end would free all."""
+        self.generator.close()
 
 
 def collect(

@@ -95,7 +95,7 @@ class Session:
             name="rollout",
         )
         self.version = 0
-        self.what = ("adapter", "load_adapter") if adapter_rank else ("weights", "load_weights")
+        self.what = ("adapter", "load_adapter") if adapter_rank else (self._transport(), "load_weights")
 
     def _context(self, max_tokens: int, limit: int) -> int:
         """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""
@@ -107,6 +107,14 @@ class Session:
                 f"exceed the policy's context of {limit}; shorten the prompt or lower --rl.max-tokens"
             )
         return min(limit, -(-context // 64) * 64)
+
+    def _transport(self) -> str:
+        """How the learner offers its weights: in its GPU's memory, if all workers share that GPU, or on the host."""
+        if self.run.device == "cpu":
+            return "weights"
+        timeout_s = self.config.rollout.timeout_s
+        asked = [self.learner.call(0, "gpu", timeout_s=timeout_s), *self.workers.broadcast("gpu", timeout_s=timeout_s)]
+        return "weights" if len({answer.result() for answer in asked}) == 1 else "weights_on_host"
 
     def close(self) -> None:
         self.verifiers.close()

@@ -4,7 +4,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
-from llm_rl.config import SFTJobConfig
+from llm_rl.config import SFTJobConfig, require_sizes
 from llm_rl.optimizer import cosine
 from llm_rl.session import Session
 from models.seeding import derive_seed
@@ -17,6 +17,7 @@ LOG_EVERY = 25  # optimizer steps per logged line
 
 def train(config: SFTJobConfig, run: "Run") -> None:
     """The `sft` job: base evaluation, fine-tuning, evaluation, a Hugging Face folder in policy/final."""
+    require_sizes(config)
     session = Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
     try:
         session.learn("check_lora", config.sft.lora)

@@ -127,6 +127,7 @@ class TorchGenerator:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         load_checkpoint_tensors(self.model, weights.tensors(named), "weight update")
+        weights.received(self.device)
         self.version = version
 
     def load_adapter(self, adapter: Adapter, version: int) -> None:

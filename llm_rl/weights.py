@@ -2,18 +2,21 @@
 
 On the CPU they travel through the object store as numpy arrays, which Ray hands to actors without a copy. On one GPU
 the learner writes them into one flat buffer that the generators map once (CUDA IPC) and read at every sync; nothing
-but the layout travels.
+but the layout travels. Whoever reads calls `received` when all is copied: the learner may write the buffer again then.
+From GPU to GPU they go by the host as on the CPU.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.errors import UserError
+
 BF16 = "@bf16"  # numpy has no bfloat16: such a tensor travels as its bits under a marked name
-HANDLE = "@cuda"
+HANDLE, GPU = "@cuda", "@gpu"
 ALIGN = 16  # bytes; a view of another dtype must start at a multiple of its size
 
 
@@ -35,42 +38,68 @@ class CudaExport:
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
         self.layout: list[tuple[str, str, list[int], int]] = []  # name, dtype, shape, byte offset
+        self.offer: dict[str, Any] = {}
 
     @torch.no_grad()
     def __call__(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-        """Write the tensors and return the handle with the layout. Blocks until the copies are done."""
-        tensors = [(name, tensor.detach().contiguous()) for name, tensor in named]
+        """Write the tensors, the same names each time, and return the handle with the layout. Blocks until the copies
+        are done."""
         if self.buffer is None:
-            size = 0
-            for name, tensor in tensors:
-                self.layout.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
-                size += -(-tensor.nbytes // ALIGN) * ALIGN
-            self.buffer = torch.empty(size, dtype=torch.uint8, device=tensors[0][1].device)
-        for (_, _, _, offset), (_, tensor) in zip(self.layout, tensors):
-            self.buffer[offset : offset + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+            named = list(named)
+            self.buffer = self._allocate(named)
+        for (_, _, _, offset), (_, tensor) in zip(self.layout, named, strict=True):  # merged weights one at a time
+            content = tensor.detach().contiguous()
+            self.buffer[offset : offset + content.nbytes].copy_(content.view(-1).view(torch.uint8))
         torch.cuda.synchronize()
+        return self.offer
+
+    def _allocate(self, named: Sequence[tuple[str, Tensor]]) -> Tensor:
+        size = 0
+        for name, tensor in named:
+            self.layout.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
+            size += -(-tensor.nbytes // ALIGN) * ALIGN
+        buffer = torch.empty(size, dtype=torch.uint8, device=named[0][1].device)
         from torch.multiprocessing.reductions import reduce_tensor
 
-        _, handle = reduce_tensor(self.buffer)
-        return {HANDLE: handle, "layout": self.layout}
+        _, handle = reduce_tensor(buffer)  # once: each call takes an event and a place in a table
+        self.offer = {HANDLE: handle, GPU: gpu(), "layout": self.layout}
+        return buffer
 
 
 _mapped: dict[bytes, Tensor] = {}  # buffers of other processes that this process has opened, by handle
 
 
-def _open(handle: tuple[Any, ...]) -> Tensor:
+def gpu() -> str:
+    """Which GPU this process computes on, whatever number it has here; "" for none."""
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def _open(handle: tuple[Any, ...], where: str) -> Tensor:
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+    if where != gpu():
+        raise UserError(
+            "a rollout worker was started anew on another GPU than the learner's, which it cannot read weights from: "
+            "`longstride resume` places all of them again"
+        )
     key = handle[7]  # the IPC handle's bytes: the same allocation gives the same handle
     if key not in _mapped:
         _mapped[key] = rebuild_cuda_tensor(*handle)
     return _mapped[key]
 
 
+def received(device: str) -> None:
+    """Wait until this process has copied what `tensors` gave it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each weight. They may share memory with the sender: copy from them, never write."""
     if HANDLE in weights:
-        buffer = _open(weights[HANDLE])
+        buffer = _open(weights[HANDLE], weights[GPU])
         for name, dtype, shape, offset in weights["layout"]:
             element = getattr(torch, dtype)
             size = element.itemsize * int(np.prod(shape))

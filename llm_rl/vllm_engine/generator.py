@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm_rl import weights
 from llm_rl.generator import Adapter, Completion, SamplingConfig, context_length, require_context
-from llm_rl.vllm_engine.adapters import ADAPTER_FAMILIES, ServedAdapter
+from llm_rl.vllm_engine.adapters import ServedAdapter
 from llm_rl.vllm_engine.plugin import SERVED_HERE, register
 from models.errors import UserError
 from models.language.checkpoint import read_config
@@ -56,15 +56,10 @@ class VLLMGenerator:
         """
         config = read_config(model_folder)
         self.max_model_len = context_length(config, max_model_len)
-        if adapter_rank and config.model_type not in ADAPTER_FAMILIES:
-            raise UserError(
-                f"{model_folder}: vLLM serves adapters here for {' and '.join(ADAPTER_FAMILIES)} only, and this is a "
-                f"{config.model_type} model; use --rl.lora.serve merged"
-            )
+        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
         _set_environment(device)
         vllm = _import_vllm(device)
-        self.version = version
-        self._adapter = ServedAdapter(adapter_rank) if adapter_rank else None
+        self.version, self._device = version, device
         self._tied = config.tie_word_embeddings
         self._sampling_params = vllm.SamplingParams
         self._expert_dtype = np.uint8 if config.num_experts <= 256 else np.int16
@@ -134,6 +129,7 @@ class VLLMGenerator:
 
     def load_weights(self, named: Mapping[str, Any], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named)})
+        weights.received(self._device)
         self.version = version
 
     def load_adapter(self, adapter: Adapter, version: int) -> None:

@@ -25,7 +25,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalcu
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
 
 from llm_rl.vllm_engine.config import language_config
@@ -148,9 +149,8 @@ class MixtureOfExperts(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: LanguageConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        mixer = (
-            RecurrentLayer if issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer) else SoftmaxAttentionLayer
-        )
+        self.is_recurrent = issubclass(MIXERS[config.mixer_kind(layer)], RecurrentMixer)
+        mixer = RecurrentLayer if self.is_recurrent else SoftmaxAttentionLayer
         self.input_layernorm = layer_norm(config)
         self.attention_residual = Residual(config)
         self.self_attn = mixer(config, layer, vllm_config, f"{prefix}.self_attn")
@@ -192,7 +192,7 @@ class Body(nn.Module):
         return x_TD if self.head_multiplier == 1.0 else x_TD * self.head_multiplier
 
 
-class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
+class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA):
     """What vLLM builds for a folder of ours, and for the families that plugin.SERVED_HERE names."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # merged parameter: its parts in a checkpoint
@@ -213,6 +213,13 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
         else:
             self.lm_head = ParallelLMHead(language.vocab_size, language.hidden_size, prefix="lm_head")
         self.logits_processor = LogitsProcessor(language.vocab_size)
+        # Of an adapter's tensors, whose names are the learner's: a recurrent layer holds its mixer whole.
+        attention = [f"model.layers.{i}.self_attn." for i, layer in enumerate(self.model.layers) if layer.is_recurrent]
+        self.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={name: f"{name}mixer." for name in attention})
+
+    def get_expert_mapping(self) -> list[tuple[str, str, int, str]]:
+        """(merged parameter, part of a checkpoint, expert, shard) of each expert's matrices."""
+        return fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -247,9 +254,7 @@ class LongstrideForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Weights under their checkpoint names; the names of the parameters they went to."""
         parameters = dict(self.named_parameters())
-        experts = []
-        if self.num_experts:
-            experts = fused_moe_make_expert_params_mapping(self, "gate_proj", "down_proj", "up_proj", self.num_experts)
+        experts = self.get_expert_mapping() if self.num_experts else []
         loaded = set()
         for name, tensor in weights:
             name = name.replace(".shared_experts.", ".shared_expert.")  # of dots1

@@ -5,7 +5,7 @@ a layer uses the beginning of its own.
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class RecurrentLayer(nn.Module, MambaBase):
         if batch.num_prefills:
             requests = slice(decodes, decodes + batch.num_prefills)
             lengths = batch.query_start_loc[decodes : requests.stop + 1].diff()
-            packing = Packing.of(lengths.tolist(), slots.device)
+            packing = _prefills(batch, lengths)
             state = self._begin(slots[requests], batch.seq_lens[requests] > lengths)
             o_BL, state = self.mixer.mix([packing.pad(x[decodes:]) for x in inputs], state)
             self._end(slots[requests], state)
@@ -99,6 +99,14 @@ class RecurrentLayer(nn.Module, MambaBase):
 
     def _end(self, slots: Tensor, state: Tensor) -> None:
         self.kv_cache[0][slots, : math.prod(self.mixer.state_shape)] = state.flatten(1)
+
+
+def _prefills(batch: Any, lengths: Tensor) -> Packing:
+    """How the pieces of prompts lie in the batch. Kept on it for the layers that follow: reading lengths waits for the
+    GPU."""
+    if not hasattr(batch, "prefill_packing"):
+        batch.prefill_packing = Packing.of(lengths.tolist(), lengths.device)
+    return batch.prefill_packing
 
 
 def state_shape(config: LanguageConfig) -> tuple[tuple[int, ...], ...]:

@@ -35,8 +35,8 @@ def sequence_balancing_loss(records: Sequence[RouterRecord], sequence_T: Tensor,
         probabilities_TE = record.probabilities_TE
         experts, top_k = probabilities_TE.shape[-1], record.experts_TK.shape[-1]
         chosen_TE = torch.zeros_like(probabilities_TE).scatter_(-1, record.experts_TK, 1.0)
-        length_B1 = torch.bincount(sequence_T, minlength=sequences)[:, None]
         zeros_BE = probabilities_TE.new_zeros(sequences, experts)
+        length_B1 = zeros_BE[:, :1].index_add(0, sequence_T, torch.ones_like(probabilities_TE[:, :1]))
         share_BE = zeros_BE.index_add(0, sequence_T, chosen_TE) * experts / (top_k * length_B1)
         mean_BE = zeros_BE.index_add(0, sequence_T, probabilities_TE) / length_B1
         losses.append((share_BE * mean_BE).sum(-1).mean())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from models.language.cache import Cache, LayerCache
 from models.language.config import LanguageConfig
 from models.language.initialisation import initialise
+from models.language.kernel_attention import PerformerAttention
 from models.language.mixers import MIXERS
 from models.language.mlp import DenseMLP
 from models.language.moe import MixtureOfExperts
@@ -113,6 +114,13 @@ class Decoder(nn.Module):
         """Draw the weights that the config's `initializer` names. Returns self."""
         initialise(self, seed)
         return self
+
+    def train_all(self) -> None:
+        """Let every weight train again, but for the random features of Performer layers, which never do."""
+        self.requires_grad_(True)
+        for module in self.modules():
+            if isinstance(module, PerformerAttention):
+                module.projection.requires_grad_(False)
 
     def routers(self) -> list[Router]:
         """The routers of the mixture layers, in the order of a trace's records."""

@@ -13,23 +13,27 @@ The paper's layer also has short convolutions before the features; ours has none
 
 Shapes and number formats are those of linear_attention.py; beta [B, L, H] like log_g.
 On a GPU in half precision the chunked form is flash-linear-attention's Triton kernel if that package is installed (the
-extra `fla`): its triangular inverse inside the chunk is what plain torch cannot fuse. On Hopper GPUs that package
-refuses its own backward pass with Triton 3.4 to 3.7.0, whose code is wrong there; plain torch serves those.
+extra `fla`), which has the triangular systems in a kernel too, or else goes from chunk to chunk in a kernel of ours
+(delta_rule_kernels.py). On Hopper GPUs Triton 3.4 to 3.7.0 compiles that package's backward pass to wrong code (its
+issue 640: `chunk_bwd_kernel_dqkwg`, gradients of k, log_g and beta); ours serves those.
 A token with k = 0, β = 0 and log_g = 0 leaves the state as it is.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.language.config import LanguageConfig
-from models.language.linear_attention import CHUNK, LinearAttention, decay_between, join, split
+from models.language.linear_attention import CHUNK, LinearAttention, decay_between, join, kernels_for, split
 from models.language.recurrent import Rotation
 
 GROUP = 32  # chunks whose transitions are multiplied together
+BLOCK = 16  # rows that are solved one after another in a triangular system
 
 
 def parallel(
@@ -49,11 +53,15 @@ def chunked(
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Pairs within a chunk at once; from chunk to chunk only the state is handed on."""
-    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and (kernel := _fla_kernel()) is not None:
+    if kernels_for(q, v) is None:
+        return chunked_in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
+    if (kernel := _fla_kernel()) is not None:
         q, k = q.to(v.dtype), k.to(v.dtype)
         o, last = kernel(q, k, v, log_g, beta, scale=1.0, initial_state=state, output_final_state=True)
         return o, last
-    return chunked_in_torch(q, k, v, log_g, beta, state, min(chunk, q.shape[1]))
+    from models.language import delta_rule_kernels  # triton comes with torch's CUDA builds only
+
+    return delta_rule_kernels.chunked(q, k, v, log_g, beta, state, chunk)
 
 
 @functools.cache
@@ -63,33 +71,88 @@ def _fla_kernel() -> Callable[..., Any] | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
         return None
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    if hopper and (3, 4, 0) <= tuple(int(part) for part in triton.__version__.split(".")[:3]) < (3, 7, 1):
+    if torch.cuda.get_device_capability()[0] == 9 and is_wrong_on_hopper(triton.__version__):
         return None
     return cast(Callable[..., Any], chunk_gated_delta_rule)
+
+
+def is_wrong_on_hopper(triton_version: str) -> bool:
+    """Whether this Triton compiles flash-linear-attention's backward pass to wrong code there."""
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)", triton_version)
+    return release is not None and (3, 4, 0) <= tuple(map(int, release.groups())) < (3, 7, 1)
 
 
 def chunked_in_torch(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The chunked form without a kernel: all chunks' triangular systems at once, then a scan over the chunks."""
-    length, width = q.shape[1], v.shape[-1]
-    q, k, v = (split(x.float(), chunk) for x in (q, k, v))  # [B, H, N, chunk, ·]
-    beta = split(beta.float()[..., None], chunk)
+    length = q.shape[1]
     decay = split(log_g[..., None], chunk).squeeze(-1).double().cumsum(-1)
     between, from_start = decay_between(decay), decay.float().exp()[..., None]
+    read, new, k_end = triangular_systems(k, v, decay, between, beta)
 
-    system = beta * (k @ k.mT) * between  # solve_triangular takes the diagonal as ones and reads only below it
-    both = torch.cat([beta * v, beta * from_start * k], -1)
-    new, read = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True).split(
-        [width, k.shape[-1]], -1
-    )
-
-    k_end = (k * between[..., -1, :, None]).mT  # decayed to the chunk's end, [B, H, N, F, chunk]
+    q, k = (split(x.float(), chunk) for x in (q, k))
+    k_end = k_end.mT  # [B, H, N, F, chunk]
     kept = from_start[..., -1:, :] * torch.eye(k.shape[-1], device=k.device) - k_end @ read
     before, last = scan(kept, k_end @ new, state)
     o = (q * from_start) @ before + (q @ k.mT * between) @ (new - read @ before)
     return join(o, length), last
+
+
+def triangular_systems(
+    k: Tensor, v: Tensor, decay: Tensor, between: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all chunks W [B, H, N, chunk, F], U [B, H, N, chunk, C], and the keys decayed to the chunk's end, all float32;
+    from log-decays summed from the chunk's start, [B, H, N, chunk], and the decays between its tokens."""
+    chunk, width = decay.shape[-1], v.shape[-1]
+    k, v, beta = (split(x.float(), chunk) for x in (k, v, beta[..., None]))
+    inverse = unit_lower_inverse(beta * (k @ k.mT) * between)
+    right = torch.cat([beta * v, beta * decay.float().exp()[..., None] * k], -1)
+    new, read = (inverse @ right).split([width, k.shape[-1]], -1)
+    return read, new, k * between[..., -1, :, None]
+
+
+def unit_lower_inverse(a: Tensor) -> Tensor:
+    """(I + tril(a, −1))⁻¹ of square matrices [..., n, n]."""
+    return _UnitLowerInverse.apply(a)
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """Blocks of the diagonal first; then, twice as large at each turn, what lies below them, by products:
+
+        [ A  0 ]⁻¹   [     A⁻¹         0  ]
+        [ C  B ]   = [ −B⁻¹ C A⁻¹     B⁻¹ ]
+
+    A solver of triangular systems goes row by row, and so does its backward pass; here that is two products too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        n = a.shape[-1]
+        size = BLOCK if n % BLOCK == 0 and (n // BLOCK).bit_count() == 1 else n
+        identity = torch.eye(size, dtype=a.dtype, device=a.device)
+        diagonal = _diagonal_blocks(a, size)
+        inverse = torch.linalg.solve_triangular(diagonal, identity, upper=False, unitriangular=True)
+        while size < n:
+            corner = _diagonal_blocks(a, 2 * size)[..., size:, :size]
+            top, bottom = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+            inverse = F.pad(torch.cat([top, -(bottom @ corner @ top)], -2), (0, size))
+            inverse[..., size:, size:] = bottom
+            size *= 2
+        inverse = inverse.squeeze(-3)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grads[0] @ inverse.mT).tril(-1)
+
+
+def _diagonal_blocks(a: Tensor, size: int) -> Tensor:
+    """[..., n, n] → [..., n / size, size, size]."""
+    tiles = a.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [..., n / size, size, n / size, size]
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def scan(kept: Tensor, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

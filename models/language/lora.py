@@ -108,7 +108,7 @@ def fold(model: Decoder) -> None:
     """Merge the active adapter for good: the model has no adapters any more, and every weight trains again."""
     for layer in adapted_layers(model).values():
         layer.fold()
-    model.requires_grad_(True)
+    model.train_all()
 
 
 def learning_rate_ratios(model: Decoder, ratio: float) -> dict[str, float]:

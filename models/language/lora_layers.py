@@ -59,7 +59,8 @@ class LowRank(nn.Module):
         self.config, self.scaling = config, config.scaling
         self.lora_A = nn.Parameter(weight.new_empty(*experts, config.r, columns))
         self.lora_B = nn.Parameter(weight.new_zeros(*experts, rows, config.r))
-        self.lora_magnitude = nn.Parameter(weight.new_empty(rows)) if config.use_dora else None
+        # Float32 beside a bfloat16 weight too, as rounding m changes whole rows: the policy would not start unchanged.
+        self.lora_magnitude = nn.Parameter(weight.new_empty(rows, dtype=torch.float32)) if config.use_dora else None
         if config.init == "pissa":  # frozen, and parameters so that a checkpoint has them
             self.start_A = nn.Parameter(torch.empty_like(self.lora_A), requires_grad=False)
             self.start_B = nn.Parameter(torch.empty_like(self.lora_B), requires_grad=False)
@@ -102,7 +103,7 @@ class LowRank(nn.Module):
         if self.lora_magnitude is None:
             return y_TN
         norm_N = adapted_row_norms(weight_NM, a_RM, b_NR, self.scaling)
-        return _ScaleColumns.apply(y_TN, (self.lora_magnitude / norm_N).to(y_TN.dtype))
+        return _ScaleColumns.apply(y_TN, self.lora_magnitude / norm_N)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -133,12 +134,13 @@ def adapted_row_norms(weight_NM: Tensor, a_RM: Tensor, b_NR: Tensor, scaling: fl
 
 
 class _ScaleColumns(torch.autograd.Function):
-    """y · c for c [N] without zeros. It keeps the product for the backward pass, not y: most often whatever reads the
-    product keeps it too, so it takes no memory of its own."""
+    """y · c for c [N] without zeros, float32, rounded once to the dtype of y: above 1 a bfloat16 c has steps of 0.8%.
+    It keeps the product for the backward pass, not y: most often whatever reads the product keeps it too, so it takes
+    no memory of its own."""
 
     @staticmethod
     def forward(ctx: Any, y_TN: Tensor, c_N: Tensor) -> Tensor:
-        out_TN = y_TN * c_N
+        out_TN = torch.mul(y_TN, c_N, out=torch.empty_like(y_TN))
         ctx.save_for_backward(out_TN, c_N)
         return out_TN
 
@@ -146,7 +148,7 @@ class _ScaleColumns(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         out_TN, c_N = ctx.saved_tensors
         grad_c = (grads[0] * out_TN).sum(0, dtype=torch.float32) / c_N if ctx.needs_input_grad[1] else None
-        return grads[0] * c_N, None if grad_c is None else grad_c.to(c_N.dtype)
+        return torch.mul(grads[0], c_N, out=torch.empty_like(grads[0])), grad_c
 
 
 class Adapted(nn.Module):

@@ -9,6 +9,7 @@ Shape suffixes used in this folder:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +45,10 @@ class Packing:
         return cls(
             lengths=tuple(lengths),
             starts=tuple(starts),
-            cu_seqlens=cu_seqlens.to(device, torch.int32),
-            positions_T=(offset_T + torch.tensor(starts)[sequence_T]).to(device),
-            sequence_T=sequence_T.to(device),
-            slots_T=(sequence_T * max(lengths) + offset_T).to(device),
+            cu_seqlens=on_device(cu_seqlens, device, torch.int32),
+            positions_T=on_device(offset_T + torch.tensor(starts)[sequence_T], device),
+            sequence_T=on_device(sequence_T, device),
+            slots_T=on_device(sequence_T * max(lengths) + offset_T, device),
         )
 
     def after(self, starts: Sequence[int]) -> "Packing":
@@ -74,3 +75,12 @@ class Packing:
         """[B, L, ...] → [T, ...]: the inverse of `pad`."""
         flat = x_BL.flatten(0, 1)
         return flat if self.is_rectangular else flat.index_select(0, self.slots_T)
+
+
+def on_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the values (a list, an array or a tensor of the host). On a GPU it is copied from pinned memory: a
+    copy from any other waits until the GPU has done all that was asked of it before."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

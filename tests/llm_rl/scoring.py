@@ -3,27 +3,31 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from llm_rl.batch import Sample, pack
 from llm_rl.generator import Completion
 from models.language.decoder import Decoder
-from models.language.packing import Packing
 
 
-@torch.no_grad()
 def worst_difference(
     model: Decoder, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Completion]], temperature: float
 ) -> float:
     """Largest difference between the logprobs that came with the tokens and the learner's, all sequences packed."""
-    pairs = [(list(prompt), c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
-    sequences = [prompt + c.tokens for prompt, c in pairs]
-    tokens_T = torch.tensor([token for sequence in sequences for token in sequence])
-    lengths = [len(sequence) for sequence in sequences]
-    logprobs_TV = (model.logits(model(tokens_T, Packing.of(lengths))) / temperature).log_softmax(-1)
-    worst = 0.0
-    for (prompt, c), tokens, logprobs in zip(pairs, tokens_T.split(lengths), logprobs_TV.split(lengths), strict=True):
-        ours = logprobs[len(prompt) - 1 : -1].gather(-1, tokens[len(prompt) :, None]).squeeze(-1)
-        worst = max(worst, (ours - torch.tensor(c.logprobs)).abs().max().item())
-    return worst
+    return differences(model, prompts, groups, temperature).abs().max().item()
+
+
+@torch.no_grad()
+def differences(
+    model: Decoder, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Completion]], temperature: float
+) -> Tensor:
+    """The learner's logprobs of all sampled tokens minus those that came with them, float32 on the CPU."""
+    device = model.embed_tokens.weight.device
+    batch = pack([Sample(list(p), c.tokens, c.logprobs) for p, group in zip(prompts, groups) for c in group], device)
+    hidden_TD = model(batch.tokens_T, batch.packing)
+    logits_NV = model.logits(hidden_TD[batch.predict_N]).float() / temperature
+    logprobs_N = logits_NV.log_softmax(-1).gather(1, batch.targets_N[:, None])[:, 0]
+    return (logprobs_N - batch.sampler_N).cpu()
 
 
 def moved(model: Decoder, seed: int) -> Decoder:
@@ -31,7 +35,7 @@ def moved(model: Decoder, seed: int) -> Decoder:
     other = Decoder(model.config).init_weights(seed)
     with torch.no_grad():
         for parameter, target in zip(model.parameters(), other.parameters(), strict=True):
-            parameter.lerp_(target, 0.1)
+            parameter.lerp_(target.to(parameter), 0.1)
     return with_biases(model, seed)
 
 

@@ -211,6 +211,9 @@ BAD = {
     "replay without experts": (["--rl.router-replay", "--policy.intermediate-size", "64"], "no mixture of experts"),
     "replay with vllm": (["--rl.router-replay", "--engine", "vllm"], "--engine torch"),
     "groups": (["--policy.n-group", "3"], "n_group (3) does not divide num_experts (4)"),
+    "no checkpoints": (["--save-every", "0"], "--save-every 0: it must be at least 1"),
+    "no evaluation": (["--eval.samples", "0"], "--eval.samples 0: it must be at least 1"),
+    "no time": (["--rollout.timeout-s", "0"], "--rollout.timeout-s 0.0: it must be positive"),
     "too many minibatches": (["--rl.minibatches", "9"], "--rl.minibatches"),
 }
 

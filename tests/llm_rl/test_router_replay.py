@@ -107,6 +107,7 @@ def test_the_learner_trains_its_router_on_the_replayed_experts(tmp_path: Path) -
     before = [router.weight.detach().clone() for router in learner.model.routers()]
     metrics = learner.iterate(samples, RLConfig(minibatches=2), lr=1e-3, seed=0, step=1)
     assert metrics["train/mismatch_max"] < 1e-4
+    assert not learner.state()["optimizer"]["moments"]  # the next iteration begins without any
     chosen = np.concatenate([sample.experts for sample in samples])
     shares = np.stack([np.bincount(chosen[:, layer].ravel(), minlength=8) for layer in range(chosen.shape[1])])
     expected = (shares.max(-1) / shares.mean(-1) - 1).mean()

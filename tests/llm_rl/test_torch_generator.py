@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.local_group import LocalGroup
 from llm_rl import weights
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Completion, SamplingConfig
@@ -119,3 +120,11 @@ def test_nothing_to_do(tmp_path: Path) -> None:
     assert ours.generate([], SAMPLING, 2, 0) == []
     assert ours.generate([[1]], SamplingConfig(max_tokens=0), 1, 0) == [[Completion([], [], "length", 0)]]
     ours.close()
+
+
+def test_a_worker_in_our_own_process_lets_its_engine_go(tmp_path: Path) -> None:
+    save_pretrained(Decoder(HYBRID).init_weights(0), tmp_path)
+    group = LocalGroup(RolloutWorker, 1, (tmp_path, "torch", RolloutConfig(), "cpu", 64, 0), {})
+    (worker,) = group._actors
+    group.close()
+    assert not hasattr(worker.generator, "model")

@@ -7,7 +7,6 @@ import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import pstdev
 
@@ -16,7 +15,7 @@ import torch
 
 from llm_rl import weights
 from llm_rl.batch import Sample, pack
-from llm_rl.generator import Adapter, Completion, SamplingConfig
+from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import mismatch
 from llm_rl.torch_generator import TorchGenerator
@@ -24,8 +23,6 @@ from llm_rl.vllm_engine.generator import VLLMGenerator
 from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
 from models.language.decoder import Decoder
-from models.language.lora import LoraConfig, attach
-from models.language.peft_folder import adapter_settings, adapter_tensors
 from models.language.router import RouterTrace
 from tests.llm_rl.scoring import moved, with_biases, worst_difference
 from tests.models.language.policies import (
@@ -153,13 +150,6 @@ def run_engine(kind: str, folder: str) -> Report:
     return report
 
 
-@pytest.fixture(scope="module")
-def engines() -> ProcessPoolExecutor:
-    pytest.importorskip("vllm")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def report(request: pytest.FixtureRequest, engines: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("model")
@@ -271,59 +261,12 @@ def test_recorded_experts_are_the_learners(engines: ProcessPoolExecutor, tmp_pat
 
 
 @pytest.mark.gpu
-def test_recorded_experts_on_a_gpu(engines: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_recorded_experts_on_a_gpu(engine_of_its_own: ProcessPoolExecutor, tmp_path: Path) -> None:
     """In bfloat16 a few choices differ; replaying them brings the learner nearer to the sampler."""
-    _, agreement, plain, replayed = engines.submit(record_experts, "cuda", str(tmp_path)).result(timeout=240)
+    _, agreement, plain, replayed = engine_of_its_own.submit(record_experts, "cuda", str(tmp_path)).result(timeout=240)
     print(f"choices that agree {agreement:.4f}, mismatch KL {plain:.2e} without and {replayed:.2e} with replay")
     assert agreement > 0.9
     assert replayed <= plain
-
-
-def run_adapters(folder: str) -> dict[str, float]:
-    """Differences to a learner whose adapter moves twice, with the base weights staying in the engine."""
-    model = Decoder(KINDS["dense"]).init_weights(seed=0)
-    save_pretrained(model, folder)
-    attach(model, LoraConfig(r=4, alpha=8.0, targets=("q_proj", "k_proj", "o_proj", "down_proj"), init="pissa"), seed=1)
-    engine = VLLMGenerator(folder, max_num_seqs=16, max_num_batched_tokens=48, kv_cache_gib=0.1, adapter_rank=8)
-    plain = TorchGenerator(folder)
-
-    def differences(tag: str) -> dict[str, float]:
-        groups = {"vllm": engine, "torch": plain}
-        return {
-            f"{tag} {name}": worst_difference(model, PROMPTS, g.generate(PROMPTS, SAMPLING, 2, 1), SAMPLING.temperature)
-            for name, g in groups.items()
-        }
-
-    report = differences("start")
-    for step in (1, 2):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("lora_B"):
-                    parameter.mul_(1.3)
-        report |= differences(f"stale {step}")
-        adapter = Adapter(adapter_settings(model), weights.export(adapter_tensors(model)))
-        for generator in (engine, plain):
-            generator.load_adapter(adapter, version=step)
-            assert generator.version == step
-        report |= differences(f"fresh {step}")
-    engine.close()
-    return report
-
-
-@pytest.mark.vllm
-def test_adapters_are_served_beside_the_weights(engines: ProcessPoolExecutor, tmp_path: Path) -> None:
-    report = engines.submit(run_adapters, str(tmp_path)).result(timeout=240)
-    for name, difference in report.items():
-        if name.startswith("stale"):
-            assert difference > 1e-3, name
-        else:
-            assert difference <= 1e-5, name
-
-
-def test_vllm_serves_no_adapters_of_a_mixture(tmp_path: Path) -> None:
-    save_pretrained(Decoder(MOE).init_weights(0), tmp_path)
-    with pytest.raises(UserError, match=r"for qwen3 and llama only, and this is a qwen3_moe model.*serve merged"):
-        VLLMGenerator(tmp_path, adapter_rank=8)
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

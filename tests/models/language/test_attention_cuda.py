@@ -62,6 +62,26 @@ def test_the_gated_delta_rule_with_and_without_its_kernel(size: int) -> None:
     alike(exact, gradients(lambda *x: delta_rule.chunked(*x)[0], inputs, "cuda", torch.bfloat16))
 
 
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_the_kernels_of_the_gated_delta_rule(size: int) -> None:
+    """Ours, also where flash-linear-attention is installed; with a state before the sequence and one after it."""
+    from models.language import delta_rule_kernels
+
+    *inputs, log_g, beta = operator_inputs(2, size)
+    state = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2)) / size**0.5
+
+    def run(form: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        def both(q: Tensor, k: Tensor, v: Tensor, s: Tensor, log_g: Tensor, beta: Tensor) -> Tensor:
+            o, last = form(q, k, v, log_g, beta, s.float(), 64)
+            return torch.cat([o.float().flatten(), last.flatten()])
+
+        return both
+
+    leaves = [*inputs, state.bfloat16().float(), log_g, beta]
+    exact = gradients(run(delta_rule.chunked_in_torch), leaves, "cpu", torch.float32)
+    alike(exact, gradients(run(delta_rule_kernels.chunked), leaves, "cuda", torch.bfloat16))
+
+
 @pytest.mark.parametrize("pattern", [Sliding(20), Strided(7), Strided(200), Fixed(8, 3), Fixed(64, 8)], ids=str)
 def test_sparse_patterns_through_flex_attention(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -62,3 +62,24 @@ def test_zeros_leave_the_state_as_it_is() -> None:
     state = a_state()
     nothing = [torch.zeros(2, 70, 3, 8)] * 3 + [torch.zeros(2, 70, 3)] * 2
     torch.testing.assert_close(chunked(*nothing, state)[1], state, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 32, 48, 64, 128])
+def test_the_inverse_of_a_triangular_system(size: int) -> None:
+    """Also of keys that repeat, where powers of the matrix would be huge."""
+    generator = torch.Generator().manual_seed(size)
+    random = torch.randn(3, size, size, generator=generator)
+    for a in (random / size**0.5, torch.ones(2, 2, size, size)):
+        a = a.clone().requires_grad_()
+        plain = a.double().tril(-1) + torch.eye(size, dtype=torch.float64)
+        direction = torch.randn(a.shape, generator=generator)
+        (exact,) = torch.autograd.grad((plain.inverse() * direction).sum(), a)
+        ours = delta_rule.unit_lower_inverse(a)
+        torch.testing.assert_close(ours.double(), plain.inverse(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), a)[0], exact, atol=1e-4, rtol=1e-4)
+
+
+def test_versions_of_triton_that_are_wrong_on_hopper() -> None:
+    assert [delta_rule.is_wrong_on_hopper(v) for v in ("3.3.1", "3.4.0+git12", "3.6.0", "3.7.0", "3.7.1")] == [
+        False, True, True, True, False,
+    ]  # fmt: skip
