@@ -3,6 +3,7 @@
 B images, H×W pixels, Q queries, K cells of the feature map, L decoder layers, D width, C classes with "no object" last.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -101,6 +102,11 @@ class Detr(nn.Module):
 
 def normalise_images(images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (B, H, W, 3) → (B, 3, H, W), channels last in memory, normalised by IMAGE_MEAN and IMAGE_STD."""
-    mean = torch.tensor(IMAGE_MEAN, device=images_BHWC.device)
-    std = torch.tensor(IMAGE_STD, device=images_BHWC.device)
+    mean, std = _image_statistics(images_BHWC.device)
     return ((images_BHWC.float() / 255 - mean) / std).to(dtype).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Once a device: to make a tensor of a list there waits for everything that the GPU still has to do."""
+    return torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
