@@ -69,7 +69,7 @@ def detect(
 ) -> list[Detections]:
     """What a model finds in a batch, on the CPU; boxes in the pixels of images of these (height, width)."""
     there = batch.to_device(device)
-    return detections(_on_cpu(model.eval()(there.images_BCHW, there.valid_BHW)), sizes, threshold)
+    return detections(_on_cpu(model.eval()(there.images_BCHW, there.valid_BHW, masks=False)), sizes, threshold)
 
 
 def _on_cpu(output: DetrOutput) -> DetrOutput:

@@ -69,7 +69,7 @@ class DetrEye:
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> list[Detections]:
-        output = self.model(normalise_images(images_BHWC.to(self.device)))
+        output = self.model(normalise_images(images_BHWC.to(self.device)), masks=False)
         last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
         return [without(d, STUFF) for d in detections(last, [(EYE, EYE)] * len(images_BHWC), self.threshold)]
 

@@ -34,7 +34,7 @@ class SceneDetector:
         found: list[Detections] = []
         for at in range(0, len(images), _BATCH):
             chunk_BHWC = torch.tensor(images[at : at + _BATCH], device=self._device)
-            output = self._model(normalise_images(chunk_BHWC))
+            output = self._model(normalise_images(chunk_BHWC), masks=False)
             last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
             found += detections(last, [images.shape[1:3]] * len(chunk_BHWC), THRESHOLD)
         return found

@@ -112,3 +112,13 @@ def test_what_normalises_images_is_made_once_a_device(monkeypatch: pytest.Monkey
     torch.testing.assert_close(first, (images.permute(0, 3, 1, 2) / 255 - mean) / std)
     monkeypatch.setattr(torch, "tensor", None)
     assert torch.equal(normalise_images(images), first)
+
+
+def test_boxes_can_be_had_without_masks() -> None:
+    torch.manual_seed(0)
+    model, images = Detr(SMALL).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        whole, boxes = model(images), model(images, masks=False)
+    assert whole.masks_BQHW is not None
+    assert boxes.masks_BQHW is None
+    assert torch.equal(boxes.boxes_BQ4, whole.boxes_BQ4)
