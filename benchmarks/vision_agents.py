@@ -111,7 +111,10 @@ def mean_return(config: Config, name: str, split: str, policy: Policy) -> float:
 
 
 def detect_schedules() -> dict[str, Policy]:
-    orders = {"the whole": [0], "four quarters": [1, 2, 3, 4], "twelve close-ups": list(range(5, 17))}
+    quarters, close = [1, 2, 3, 4], list(range(5, STOP))
+    orders = {"the whole": [0], "four quarters": quarters, "eight close-ups": close[:8], "twelve close-ups": close[:12],
+              "eight close-ups on a checkerboard": [5, 7, 10, 12, 13, 15, 18, 20],
+              "four quarters, the four inner close-ups": [*quarters, 10, 11, 14, 15]}  # fmt: skip
     return {f"{label}, then stop": _in_turn(order) for label, order in orders.items()}
 
 
