@@ -1,6 +1,6 @@
 """Latent diffusion on scenes, trained from random weights: does it draw what the caption says?
 
-python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: the recipe's steps, 8 minutes
+python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: the recipe's steps, about 18 minutes
 python -m benchmarks.diffusion_scenes --toy --autoencoder-steps 60 --steps 60    # to see that it runs, on a CPU
 
 Afterwards a detector that was trained apart (it may still be learning on another GPU until then) counts the objects of
@@ -35,8 +35,8 @@ TOY = (
 
 @dataclasses.dataclass
 class Config:
-    autoencoder_steps: int = 2000
-    steps: int = 5000
+    autoencoder_steps: int = 3000
+    steps: int = 14_000
     """Of the denoiser."""
     seed: int = 0
     toy: bool = False
