@@ -47,6 +47,8 @@ class Config:
     seed: int = 0
     peer: bool = False
     toy: bool = False
+    cuda_graphs: bool = False
+    """For ours; the peer runs eagerly."""
     backend: str = "ray"
     weights: Path | None = None
     """Folder, or .tar file, for the trained detector in half precision, with its figures: what the package brings
@@ -88,7 +90,13 @@ def run(config: Config, runs_dir: Path, name: str, peer: bool) -> dict[str, Any]
         "eval-every": config.steps // 2 + 1,
     }
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    entries, summary = follow([sys.executable, *module, *given, *(TOY.split() if config.toy else [])], runs_dir, name)
+    if config.toy:
+        given += TOY.split()
+    elif peer:  # its losses, with their lists of tensors, are part of its forward pass: nothing to compile
+        given += ["--optimizer.no-compile"]
+    elif config.cuda_graphs:
+        given += ["--optimizer.cuda-graphs"]
+    entries, summary = follow([sys.executable, *module, *given], runs_dir, name)
     speeds = [e["time/images_per_s"] for e in entries if "time/images_per_s" in e][1:]
     waits = [e["time/waited_for_images"] for e in entries if "time/waited_for_images" in e][1:]
     return {

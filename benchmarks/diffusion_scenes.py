@@ -1,6 +1,6 @@
 """Latent diffusion on scenes, trained from random weights: does it draw what the caption says?
 
-python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: the recipe's steps, about 18 minutes
+python -m benchmarks.diffusion_scenes                                            # on the GPU: the recipe's steps
 python -m benchmarks.diffusion_scenes --toy --autoencoder-steps 60 --steps 60    # to see that it runs, on a CPU
 
 Afterwards a detector that was trained apart (it may still be learning on another GPU until then) counts the objects of
@@ -40,6 +40,7 @@ class Config:
     """Of the denoiser."""
     seed: int = 0
     toy: bool = False
+    cuda_graphs: bool = False
     backend: str = "ray"
     detector: Path | None = WEIGHTS / "detr-scenes" if (WEIGHTS / "detr-scenes").exists() else None
     weights: Path | None = None
@@ -80,7 +81,7 @@ def train(config: Config, runs_dir: Path) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
         "--runs-dir", str(runs_dir), "--name", "run", "--seed", str(config.seed), "--backend", config.backend,
-        *(TOY.split() if config.toy else []),
+        *(TOY.split() if config.toy else []), *(["--learning.cuda-graphs"] if config.cuda_graphs else []),
         "--learning.autoencoder-steps", str(config.autoencoder_steps), "--learning.steps", str(config.steps),
         "--eval-every", str(config.autoencoder_steps + config.steps),
     ]  # fmt: skip
