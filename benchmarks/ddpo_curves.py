@@ -1,7 +1,8 @@
 """DDPO's two estimators over several seeds on one model and reward: does the reward rise, and how far?
 
-python -m benchmarks.ddpo_curves --model runs/scenes/model/final --device cuda
+python -m benchmarks.ddpo_curves --model runs/scenes/model/final --device cuda --jobs 6     # six runs share a GPU
 python -m benchmarks.ddpo_curves --model FOLDER --reward scene-agreement --detector runs/detr/model/final --device cuda
+python -m benchmarks.ddpo_curves --plot-only                    # the newest entry as a PNG, where matplotlib is
 
 Each run is `longstride train ddpo` in a process of its own; other flags are passed on to it (--clip-range 1.6e-3 for
 latents of 16 × 16 × 4, say). The figures are rewards of held-out captions from the same
@@ -9,15 +10,17 @@ noise before and after; the curves are of the samples that were trained on. Writ
 """
 
 import argparse
+import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
+from benchmarks.training_run import quietly, share_of_cores, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "ddpo_curves.json"
 UPDATES = {"is": 2, "sf": 1}
@@ -25,30 +28,31 @@ UPDATES = {"is": 2, "sf": 1}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--reward", default="jpeg-compressibility")
     parser.add_argument("--detector", type=Path)
     parser.add_argument("--estimators", nargs="+", choices=list(UPDATES), default=list(UPDATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot-only", action="store_true")
     arguments, flags = parser.parse_known_args()  # what is left goes to the job, as it is
+    if arguments.plot_only:
+        return plot(arguments.out)
+    if arguments.model is None:
+        parser.error("--model: give the Stable Diffusion folder to tune")
+    pairs = list(itertools.product(arguments.estimators, arguments.seeds))
     figures: dict[str, Any] = {"reward": arguments.reward, "flags": flags}
     try:
-        for estimator in arguments.estimators:
-            runs = []
-            for seed in arguments.seeds:
-                runs.append(one_run(arguments, estimator, seed, flags))
-                rise = runs[-1]["after"] - runs[-1]["before"]
-                print(
-                    f"{estimator}, seed {seed}: {runs[-1]['before']:.4f} → {runs[-1]['after']:.4f}, {rise:+.4f}",
-                    flush=True,
-                )
-                figures[estimator] = {
-                    "runs": runs,
-                    "rise_mean": statistics.mean(run["after"] - run["before"] for run in runs),
-                    "rise_min": min(run["after"] - run["before"] for run in runs),
-                }
+        work = [partial(one_run, arguments, estimator, seed, flags) for estimator, seed in pairs]
+        for number, run in side_by_side(work, arguments.jobs):
+            estimator, seed = pairs[number]
+            rise = run["after"] - run["before"]
+            print(f"{estimator}, seed {seed}: {run['before']:.4f} → {run['after']:.4f}, {rise:+.4f}", flush=True)
+            runs = [*figures.get(estimator, {}).get("runs", []), run]
+            rises = [run["after"] - run["before"] for run in runs]
+            figures[estimator] = {"runs": runs, "rise_mean": statistics.mean(rises), "rise_min": min(rises)}
     finally:
         write_result(arguments.out, "DDPO", figures)
 
@@ -62,7 +66,7 @@ def one_run(arguments: argparse.Namespace, estimator: str, seed: int, flags: lis
         ]  # fmt: skip
         if arguments.detector:
             command += ["--detector", str(arguments.detector)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        quietly(command, share_of_cores(arguments.jobs))
         lines = [json.loads(line) for line in (Path(runs_dir) / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["eval/reward_mean"] for line in lines if "eval/reward_mean" in line]
     return {
@@ -72,6 +76,23 @@ def one_run(arguments: argparse.Namespace, estimator: str, seed: int, flags: lis
         "curve": [round(line["train/reward_mean"], 5) for line in lines if "train/reward_mean" in line],
         "images_per_s": statistics.median(line["time/images_per_s"] for line in lines if "time/images_per_s" in line),
     }
+
+
+def plot(results: Path) -> None:
+    """Rewards of the samples that were trained on, both estimators in one picture, beside the file of results."""
+    from matplotlib.figure import Figure
+
+    figures = json.loads(results.read_text())[-1]["ours"]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for estimator, colour in (("is", "tab:blue"), ("sf", "tab:orange")):
+        for i, run in enumerate(figures.get(estimator, {}).get("runs", [])):
+            label = f"DDPO-{estimator.upper()}" if i == 0 else None
+            axes.plot(range(1, len(run["curve"]) + 1), run["curve"], color=colour, alpha=0.7, label=label)
+    axes.set(xlabel="iteration", ylabel=f"mean reward ({figures['reward']})")
+    axes.legend()
+    figure.savefig(results.with_suffix(".png"), dpi=120)
+    print(results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

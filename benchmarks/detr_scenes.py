@@ -27,7 +27,7 @@ from agents.vision import detr as job
 from agents.vision.dense_scaffold import dense_loss
 from agents.vision.detr_learner import DetrLearner, NetworkConfig
 from benchmarks.record import describe_machine, write_result
-from benchmarks.training_run import follow
+from benchmarks.training_run import folder_or_archive, follow
 from envs.vision.example import DeviceBatch
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import DetrOutput
@@ -47,9 +47,12 @@ class Config:
     seed: int = 0
     peer: bool = False
     toy: bool = False
+    cuda_graphs: bool = False
+    """For ours; the peer runs eagerly."""
     backend: str = "ray"
     weights: Path | None = None
-    """Folder for the trained detector in half precision, with its figures: what the package brings along."""
+    """Folder, or .tar file, for the trained detector in half precision, with its figures: what the package brings
+    along."""
     output: Path = Path("benchmarks/results/detr_scenes.json")
 
 
@@ -58,9 +61,10 @@ def main(config: Config) -> None:
     ours = run(config, runs_dir, "ours", peer=False)
     keep(config, ours, None)
     if config.weights:
-        save_detr(load_detr(runs_dir / "ours" / "model" / "final"), config.weights, torch.float16)
-        figures = {"command": ["python", "-m", "benchmarks.detr_scenes", *sys.argv[1:]], **ours}
-        (config.weights / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        with folder_or_archive(config.weights) as folder:
+            save_detr(load_detr(runs_dir / "ours" / "model" / "final"), folder, torch.float16)
+            figures = {"command": ["python", "-m", "benchmarks.detr_scenes", *sys.argv[1:]], **ours}
+            (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     if config.peer:
         keep(config, ours, run(config, runs_dir, "peer", peer=True))
 
@@ -86,7 +90,13 @@ def run(config: Config, runs_dir: Path, name: str, peer: bool) -> dict[str, Any]
         "eval-every": config.steps // 2 + 1,
     }
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    entries, summary = follow([sys.executable, *module, *given, *(TOY.split() if config.toy else [])], runs_dir, name)
+    if config.toy:
+        given += TOY.split()
+    elif peer:  # its losses, with their lists of tensors, are part of its forward pass: nothing to compile
+        given += ["--optimizer.no-compile"]
+    elif config.cuda_graphs:
+        given += ["--optimizer.cuda-graphs"]
+    entries, summary = follow([sys.executable, *module, *given], runs_dir, name)
     speeds = [e["time/images_per_s"] for e in entries if "time/images_per_s" in e][1:]
     waits = [e["time/waited_for_images"] for e in entries if "time/waited_for_images" in e][1:]
     return {
@@ -107,7 +117,7 @@ class PeerModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None) -> DetrOutput:
+    def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None, masks: bool = True) -> DetrOutput:
         out = self.model(images_BCHW, valid_BHW)
         return DetrOutput(out.logits[None], out.pred_boxes[None], out.pred_masks)
 

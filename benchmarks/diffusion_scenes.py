@@ -1,6 +1,6 @@
 """Latent diffusion on scenes, trained from random weights: does it draw what the caption says?
 
-python -m benchmarks.diffusion_scenes --detector runs/detr/model/final    # on the GPU: about 18 minutes
+python -m benchmarks.diffusion_scenes                                            # on the GPU: the recipe's steps
 python -m benchmarks.diffusion_scenes --toy --autoencoder-steps 60 --steps 60    # to see that it runs, on a CPU
 
 Afterwards a detector that was trained apart (it may still be learning on another GPU until then) counts the objects of
@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from benchmarks.record import describe_machine, write_result
-from benchmarks.training_run import follow
+from benchmarks.training_run import folder_or_archive, follow
 from envs.vision.shipped_weights import WEIGHTS
 from models.diffusion.folder import load_folder, save_folder
 
@@ -40,10 +40,12 @@ class Config:
     """Of the denoiser."""
     seed: int = 0
     toy: bool = False
+    cuda_graphs: bool = False
     backend: str = "ray"
     detector: Path | None = WEIGHTS / "detr-scenes" if (WEIGHTS / "detr-scenes").exists() else None
     weights: Path | None = None
-    """Folder for the trained model in half precision, with its figures: what the package brings along."""
+    """Folder, or .tar file, for the trained model in half precision, with its figures: what the package brings
+    along."""
     grid: Path | None = None
     """PNG file for the last grid of samples."""
     output: Path = Path("benchmarks/results/diffusion_scenes.json")
@@ -52,16 +54,23 @@ class Config:
 def main(config: Config) -> None:
     runs_dir = Path(tempfile.mkdtemp(prefix="diffusion-"))
     ours = train(config, runs_dir)
+    keep(config, runs_dir, ours)
     if config.detector:
         evaluate = [sys.executable, "-m", "launch", "evaluate", "run", "--runs-dir", str(runs_dir)]
         flags = ["--backend", config.backend, "--detector", str(config.detector)]
         ours |= evaluated(follow([*evaluate, *flags], runs_dir, "run")[1])
+        keep(config, runs_dir, ours)
     write_result(config.output, "diffusion_scenes", ours)
     print(json.dumps(ours, indent=1), flush=True)
+
+
+def keep(config: Config, runs_dir: Path, ours: dict[str, Any]) -> None:
+    """Weights and pictures, once they are trained and again once they are judged: a run cut short loses neither."""
     if config.weights:
-        save_folder(load_folder(runs_dir / "run" / "model" / "final"), config.weights, torch.float16)
-        figures = {"command": ["python", "-m", "benchmarks.diffusion_scenes", *sys.argv[1:]], **ours}
-        (config.weights / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        with folder_or_archive(config.weights) as folder:
+            save_folder(load_folder(runs_dir / "run" / "model" / "final"), folder, torch.float16)
+            figures = {"command": ["python", "-m", "benchmarks.diffusion_scenes", *sys.argv[1:]], **ours}
+            (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     if config.grid:
         shutil.copy(runs_dir / "run" / "images" / f"{config.autoencoder_steps + config.steps}-samples.png", config.grid)
 
@@ -72,7 +81,7 @@ def train(config: Config, runs_dir: Path) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
         "--runs-dir", str(runs_dir), "--name", "run", "--seed", str(config.seed), "--backend", config.backend,
-        *(TOY.split() if config.toy else []),
+        *(TOY.split() if config.toy else []), *(["--learning.cuda-graphs"] if config.cuda_graphs else []),
         "--learning.autoencoder-steps", str(config.autoencoder_steps), "--learning.steps", str(config.steps),
         "--eval-every", str(config.autoencoder_steps + config.steps),
     ]  # fmt: skip

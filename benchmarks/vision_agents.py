@@ -1,7 +1,7 @@
 """Detect-v0 and Denoise-v0: control agents beside random actions and the best fixed schedule, on held-out scenes.
 
-python -m benchmarks.vision_agents --device cuda                                   # with the models of the package
-python -m benchmarks.vision_agents --toy --detector FOLDER --diffusion FOLDER      # to see that it runs, on a CPU
+python -m benchmarks.vision_agents --device cuda --jobs 9           # with the models of the package; nine share a GPU
+python -m benchmarks.vision_agents --toy --detector FOLDER --diffusion FOLDER  # to see that it runs, on a CPU
 
 Each agent is trained by its recipe (a2c-detect.yaml, ...) for each seed, and its last policy evaluated by `longstride
 evaluate` on scenes of the held-out split. The fixed schedules are compared on training scenes; the best of them, and
@@ -12,11 +12,10 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks.record import write_result
+from benchmarks.training_run import quietly, share_of_cores, side_by_side
 from envs.vision.denoise import DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
 from envs.vision.detect import EYE_VARIABLE, STOP
 from envs.vision.settings import DEVICE_VARIABLE, SPLIT_VARIABLE
@@ -47,12 +47,13 @@ class Config:
     diffusion: Path | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the environments' models run; the agents' own networks stay on the CPU."""
+    jobs: int = 1
+    """Agents that train at a time, each in a process of its own."""
     toy: bool = False
     output: Path = Path("benchmarks/results/vision_agents.json")
 
 
 def main(config: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if config.toy:
         config = dataclasses.replace(config, steps=256, episodes=4, seeds=config.seeds[:1])
     os.environ[DEVICE_VARIABLE] = config.device
@@ -65,13 +66,14 @@ def main(config: Config) -> None:
     for name in config.environments:
         baselines = play_baselines(config, name)
         print(name, json.dumps(baselines), flush=True)
-        agents: dict[str, Any] = {}
+        pairs = list(itertools.product(config.agents, config.seeds))
+        agents: dict[str, list[float]] = {agent: [] for agent in config.agents}
         try:
-            for agent in config.agents:
-                agents[agent] = []
-                for seed in config.seeds:
-                    agents[agent].append(trained(config, agent, name, seed))
-                    print(name, agent, seed, agents[agent][-1], flush=True)
+            work = [partial(trained, config, agent, name, seed) for agent, seed in pairs]
+            for number, found in side_by_side(work, config.jobs):
+                agent, seed = pairs[number]
+                agents[agent].append(found)
+                print(name, agent, seed, found, flush=True)
         finally:  # also if it is cut short, by Ctrl-C or SIGTERM
             means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
             best = max(baselines["random"], baselines["fixed"])
@@ -109,7 +111,10 @@ def mean_return(config: Config, name: str, split: str, policy: Policy) -> float:
 
 
 def detect_schedules() -> dict[str, Policy]:
-    orders = {"the whole": [0], "four quarters": [1, 2, 3, 4], "twelve close-ups": list(range(5, 17))}
+    quarters, close = [1, 2, 3, 4], list(range(5, STOP))
+    orders = {"the whole": [0], "four quarters": quarters, "eight close-ups": close[:8], "twelve close-ups": close[:12],
+              "eight close-ups on a checkerboard": [5, 7, 10, 12, 13, 15, 18, 20],
+              "four quarters, the four inner close-ups": [*quarters, 10, 11, 14, 15]}  # fmt: skip
     return {f"{label}, then stop": _in_turn(order) for label, order in orders.items()}
 
 
@@ -144,19 +149,14 @@ def trained(config: Config, agent: str, name: str, seed: int) -> float:
         train += ["--backend", "local", "--eval-episodes", str(config.episodes)]
         if config.steps:
             train += ["--steps", str(config.steps), "--eval-every", str(config.steps)]
-        launch(train, split="train")
-        launch(["evaluate", "run", *common], split="heldout")
+        launch(config, train, split="train")
+        launch(config, ["evaluate", "run", "--backend", "local", *common], split="heldout")
         summary = json.loads((Path(runs_dir) / "run" / "summary.json").read_text())
     return round(summary["metrics"]["eval/return_mean"], 4)
 
 
-def launch(arguments: list[str], split: str) -> None:
-    environment = os.environ | {SPLIT_VARIABLE: split}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+def launch(config: Config, arguments: list[str], split: str) -> None:
+    quietly([sys.executable, "-m", "launch", *arguments], {SPLIT_VARIABLE: split, **share_of_cores(config.jobs)})
 
 
 if __name__ == "__main__":

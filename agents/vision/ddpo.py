@@ -20,14 +20,16 @@ import torch
 
 from agents.vision.ddpo_learner import DDPOLearner, Rollout
 from agents.vision.pictures import as_bytes
-from envs.vision.image_rewards import RewardFailed, RewardScorer, find_reward
-from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.image_rewards import AGREEMENT, RewardFailed, RewardScorer, find_reward
+from envs.vision.scenes import SceneConfig, scene_caption
 from models.diffusion.lora import ATTENTION
 from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
+
+DETECTOR_SHARE = 0.1  # of a GPU, as Ray accounts it
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def train(config: DDPOConfig, run: "Run") -> None:
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, config.detector, name="reward")
+    scorer = start_scorer(config, run)
     saved = learner.iteration
     try:
         if learner.iteration == 0:
@@ -141,9 +143,18 @@ def evaluate(config: DDPOConfig, run: "Run") -> None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
     learner = DDPOLearner(config, run.seed, run.device)
     learner.load_state(state)
-    scorer = run.actors(RewardScorer, 1, {"cpu": 1}, config.reward, config.detector, name="reward")
+    scorer = start_scorer(config, run)
     _, heldout = load_prompts(config, run.seed)
     run.summarize(evaluation(config, run, learner, scorer, heldout))
+
+
+def start_scorer(config: DDPOConfig, run: "Run") -> "ActorGroup":
+    """The reward's own process. A detector works where the diffusion model does; other rewards are code."""
+    device, share = (
+        (run.device, DETECTOR_SHARE) if config.reward == AGREEMENT and run.device == "cuda" else ("cpu", 0.0)
+    )
+    resources = {"cpu": 1.0, "gpu": share}
+    return run.actors(RewardScorer, 1, resources, config.reward, config.detector, device, name="reward")
 
 
 def sample(
@@ -193,8 +204,8 @@ def paid(config: DDPOConfig, asked: "list[Future[np.ndarray]]") -> np.ndarray:
 def load_prompts(config: DDPOConfig, seed: int) -> tuple[list[str], list[str]]:
     """Prompts to train on, and to evaluate with. Raises UserError for a file that cannot be read or is empty."""
     if config.prompts is None:
-        trained = [make_scene(config.scenes, seed, i, "train").caption for i in range(config.scene_prompts)]
-        return trained, [make_scene(config.scenes, seed, i, "heldout").caption for i in range(config.eval_images)]
+        trained = [scene_caption(config.scenes, seed, i, "train") for i in range(config.scene_prompts)]
+        return trained, [scene_caption(config.scenes, seed, i, "heldout") for i in range(config.eval_images)]
     try:
         lines = config.prompts.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -84,11 +84,12 @@ class DDPOLearner:
             raise UserError(f"{self.config.model}/unet/config.json: names no sample_size")
         contexts_BME = self.model.encode_prompts(prompts)
         shape = (len(prompts), unet.in_channels, unet.sample_size, unet.sample_size)
-        x_BZhw = draw_noise(shape, generator, self.device)
+        # All noise at once: it is drawn on the CPU, and each trip to the GPU would wait for the steps before.
+        x_BZhw, *noises = draw_noise((1 + len(self.scheduler.timesteps), *shape), generator, self.device)
         latents, log_probs = [x_BZhw], []
         for i in range(len(self.scheduler.timesteps)):
             mean_BZhw, std = self._step(x_BZhw, i, contexts_BME)
-            x_BZhw = mean_BZhw + std * draw_noise(shape, generator, self.device) if std else mean_BZhw
+            x_BZhw = mean_BZhw + std * noises[i] if std else mean_BZhw
             latents.append(x_BZhw)
             log_probs.append(gaussian_log_prob(x_BZhw, mean_BZhw, std) if std else torch.zeros_like(x_BZhw[:, 0, 0, 0]))
         rollout = Rollout(list(prompts), contexts_BME, torch.stack(latents, 1), torch.stack(log_probs, 1))

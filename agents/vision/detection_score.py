@@ -32,14 +32,16 @@ def evaluate_detector(
     answers: list[float] = []
     number = 0
     for batch in batches:
-        output = _answer(model, batch, device)
+        there = batch.to_device(device)
+        predicted = model(there.images_BCHW, there.valid_BHW)
+        output = _on_cpu(predicted)
         numbers = range(number, number + len(batch.sizes_B2))
         number = numbers.stop
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
             records += detection_records(i, without(found, source.stuff), source.category_ids)
         answers += answer_qualities(output, batch, source.stuff)
-        if output.masks_BQHW is not None and batch.ids_BHW is not None:
-            _score_masks(quality, batch, output, source)
+        if predicted.masks_BQHW is not None and batch.ids_BHW is not None:
+            _score_masks(quality, batch, predicted, source)
     figures = average_precision(truth, records)
     result = {f"eval/{name}": figures[name] for name in SHOWN if figures[name] >= 0}
     result["eval/quality"] = float(np.mean(answers))
@@ -66,15 +68,13 @@ def detect(
     model: Detr, batch: Batch, sizes: Sequence[tuple[int, int]], device: str, threshold: float
 ) -> list[Detections]:
     """What a model finds in a batch, on the CPU; boxes in the pixels of images of these (height, width)."""
-    return detections(_answer(model.eval(), batch, device), sizes, threshold)
-
-
-def _answer(model: Detr, batch: Batch, device: str) -> DetrOutput:
-    """The last layer's predictions, on the CPU."""
     there = batch.to_device(device)
-    output = model(there.images_BCHW, there.valid_BHW)
-    masks = None if output.masks_BQHW is None else output.masks_BQHW.float().cpu()
-    return DetrOutput(output.logits_LBQC[-1:].float().cpu(), output.boxes_LBQ4[-1:].float().cpu(), masks)
+    return detections(_on_cpu(model.eval()(there.images_BCHW, there.valid_BHW, masks=False)), sizes, threshold)
+
+
+def _on_cpu(output: DetrOutput) -> DetrOutput:
+    """The last layer's classes and boxes: a few numbers, where the masks of a batch are many."""
+    return DetrOutput(output.logits_LBQC[-1:].float().cpu(), output.boxes_LBQ4[-1:].float().cpu())
 
 
 def _score_masks(quality: PanopticQuality, batch: Batch, output: DetrOutput, source: Source) -> None:
@@ -95,4 +95,4 @@ def _segments(batch: Batch, i: int, size: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 def _found(found: Panoptic) -> tuple[np.ndarray, dict[int, int]]:
-    return found.ids.numpy(), {segment.id: segment.label for segment in found.segments}
+    return found.ids.cpu().numpy(), {segment.id: segment.label for segment in found.segments}

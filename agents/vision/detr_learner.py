@@ -75,8 +75,13 @@ class OptimizerConfig:
     """bfloat16: autocast; weights and optimizer stay in float32."""
     compile: bool = False
     """Compile the network for the GPU."""
+    cuda_graphs: bool = False
+    """Replay what was compiled as CUDA graphs, for networks whose kernels are shorter than their launches. All batches
+    must have one shape, as scenes do."""
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs and not self.compile:
+            raise UserError("--optimizer.cuda-graphs needs --optimizer.compile")
         for name in ("lr", "backbone_lr", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--optimizer.{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
@@ -99,15 +104,17 @@ class DetrLearner:
         device: str,
     ) -> None:
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
-        self.net = self.build(start, network, names).to(device)
+        self.net = self.build(start, network, names).to(device).train()
         for parameter in self.net.parameters():
             if parameter.dim() == 4:  # images arrive with their channels last, and convolutions are faster so
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.scaffold = self.scaffolded().to(device)
         self.averaged = copy.deepcopy(self.net).eval().requires_grad_(False)
         self._averaging = _floats(self.averaged), _floats(self.net)
+        self.parameters = list(self.scaffold.parameters())
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
-        self.forward: Any = torch.compile(self.scaffold) if optimizer.compile else self.scaffold
+        mode = "reduce-overhead" if optimizer.cuda_graphs else None
+        self.forward: Any = torch.compile(self.scaffold, mode=mode) if optimizer.compile else self.scaffold
         self.step = 0
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
@@ -137,12 +144,11 @@ class DetrLearner:
         torch.manual_seed(derive_seed(self.seed, "dropout", self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self._schedule()
-        self.net.train()
         total, parts = self.losses(batch.to_device(self.device))
-        self.optimizer.zero_grad()
         total.backward()
-        norm = clip_grad_norm_(self.scaffold.parameters(), self.settings.max_grad_norm)
+        norm = clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # CUDA graphs write the next gradients where these lie
         self._average()
         self.step += 1
         return self._metrics(total, parts, norm) if want_metrics else {}
@@ -150,11 +156,12 @@ class DetrLearner:
     def losses(self, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with self._autocast():
             output, cells_BChw = self.forward(batch.images_BCHW, batch.valid_BHW)
+        if not self.settings.dense_weight:
+            return set_loss(output, batch.targets, self.loss)
+        # First, for matching waits for the GPU: this is begun while it is still busy with the network.
+        dense = dense_loss(cells_BChw, batch.targets, batch.valid_BHW)
         total, parts = set_loss(output, batch.targets, self.loss)
-        if self.settings.dense_weight:
-            parts["dense"] = dense_loss(cells_BChw, batch.targets, batch.valid_BHW)
-            total = total + self.settings.dense_weight * parts["dense"]
-        return total, parts
+        return total + self.settings.dense_weight * dense, parts | {"dense": dense}
 
     def _schedule(self) -> float:
         warmed = min(1.0, (self.step + 1) / max(1, self.settings.warmup))

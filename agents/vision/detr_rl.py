@@ -130,6 +130,8 @@ class DetectorTuner:
         self, config: DetrRLConfig, names: tuple[str, ...], stuff: Collection[int], seed: int, device: str
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
+        if not config.model.parts:
+            raise UserError("--model is missing: give the detector to tune, RUN/model/final of `train detr`")
         self.no_thing = [*stuff, len(names)]
         self.reward = load_reward(config.reward)
         self.net: Detr = load_detr(config.model).to(device)

@@ -88,11 +88,15 @@ class LearningConfig:
     """Share of the captions that are replaced by the empty one: guidance needs a denoiser that knows it."""
     compile: bool = False
     """Compile the networks for the GPU."""
+    cuda_graphs: bool = False
+    """Replay what was compiled as CUDA graphs, for networks whose kernels are shorter than their launches."""
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs and not self.compile:
+            raise UserError("--learning.cuda-graphs needs --learning.compile")
         for name, value in vars(self).items():
             flag = f"--learning.{name.replace('_', '-')} is {value}"
-            if name == "compile":
+            if isinstance(value, bool):
                 continue
             if name in ("ema", "caption_dropout"):
                 if not 0 <= value < 1:

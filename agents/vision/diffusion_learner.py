@@ -231,7 +231,8 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 
 def compiled(function: Any, learning: LearningConfig) -> Any:
-    return torch.compile(function) if learning.compile else function
+    mode = "reduce-overhead" if learning.cuda_graphs else None
+    return torch.compile(function, mode=mode) if learning.compile else function
 
 
 def make_optimizer(model: nn.Module, lr: float, learning: LearningConfig) -> torch.optim.Optimizer:
@@ -245,10 +246,10 @@ def set_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int,
 
 def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float) -> Tensor:
     """One step; returns the norm of the gradient before it was clipped."""
-    optimizer.zero_grad()
     loss.backward()
     norm = clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
+    optimizer.zero_grad()  # CUDA graphs write the next gradients where these lie
     return norm
 
 

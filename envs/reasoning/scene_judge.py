@@ -9,11 +9,12 @@ from envs.reasoning.problem import Problem, Verdict
 from envs.reasoning.scene_prompts import SceneJudgeConfig, scene_of
 from envs.reasoning.verify import UNPARSABLE, verdict_of
 from envs.vision.prompt_drawing import DiffusionDrawer, Drawer, Drawing, RenderingDrawer
-from envs.vision.scene_agreement import share_found
+from envs.vision.scene_agreement import share_of_all
 
 
 class SceneJudge:
-    """Draws what completions ask for and counts what is seen of what the problems ask for.
+    """Draws what completions ask for and counts what is seen of what the problems ask for. Things that nobody asked for
+    cost: otherwise the prompt that names everything is the best answer to every problem.
 
     A prompt need not be in the grammar of captions. Each different prompt is drawn once. Raises UserError for models
     that are not there or cannot be read.
@@ -50,4 +51,4 @@ def make_drawer(config: SceneJudgeConfig, seed: int, device: str) -> Drawer:
 
 
 def _verdict(problem: Problem, drawing: Drawing) -> Verdict:
-    return verdict_of(share_found(scene_of(problem.metadata).objects, drawing.found, drawing.image))
+    return verdict_of(share_of_all(scene_of(problem.metadata).objects, drawing.found, drawing.image))

@@ -6,7 +6,8 @@
                x=2 y=2 kind=7 size=2 texture=solid colour=blue
     solution   a large striped red circle at the bottom left and a blue handwritten 7 in the centre, on a checkered grey
                background
-    reward     share of the objects that are seen in the picture (envs/reasoning/scene_judge.py)
+    reward     share of the objects that are seen in the picture, or of what is seen if that is more
+               (envs/reasoning/scene_judge.py)
 
 x and y count from 1 at the top left, sizes from 1 to 3: no two words of the solution stand side by side in the problem.
 """

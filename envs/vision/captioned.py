@@ -72,14 +72,14 @@ class CaptionedCoco:
         return len(self._indices)
 
     def example(self, index: int) -> tuple[np.ndarray, str]:
-        index = self._indices[index]
-        image = Image.fromarray(self._folder.example(index).image)
+        number, example = self._folder.readable(index, self._indices)
+        image = Image.fromarray(example.image)
         scale = self._size / min(image.size)
         width, height = (max(self._size, round(side * scale)) for side in image.size)
         left, top = (width - self._size) // 2, (height - self._size) // 2
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         square = image.crop((left, top, left + self._size, top + self._size))
-        return np.asarray(square), self._folder.records[index].captions[0]
+        return np.asarray(square), self._folder.records[number].captions[0]
 
 
 def make_captioned(config: CaptionedConfig, seed: int, heldout: bool) -> CaptionedSource:

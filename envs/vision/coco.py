@@ -4,7 +4,8 @@ What is wrong with a file or a record is named. By configuration it is refused, 
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from pycocotools import mask as coco_mask
 
 from envs.vision.example import Example
 from models.errors import UserError
+
+log = logging.getLogger(__name__)
 
 OVERSHOOT = 1.0  # pixels by which a box may exceed its image: COCO's own do, by rounding
 
@@ -29,7 +32,7 @@ class CocoConfig:
     """Read panoptic_SPLIT.json and its PNGs: masks, stuff too."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """A missing image, a box outside its image or without area, an empty caption: refuse the folder, or leave the
-    record out."""
+    record out. A broken image shows when it is opened: end the training, or train on the next one instead."""
 
 
 @dataclass
@@ -99,9 +102,28 @@ class CocoFolder:
         boxes = np.array(record.boxes, np.float32).reshape(-1, 4)
         return Example(image, labels, boxes, self._ids(record))
 
+    def readable(self, index: int, among: Sequence[int] | None = None) -> tuple[int, Example]:
+        """The number of record `index` (of those in `among`, if given), and its example. With `on_bad="skip"` the next
+        one whose files can be read stands in for one whose cannot, which is named in the log.
+
+        Raises UserError if it may not be skipped, or none is left.
+        """
+        numbers = range(len(self)) if among is None else among
+        for i in range(len(numbers)):
+            number = numbers[(index + i) % len(numbers)]
+            try:
+                return number, self.example(number)
+            except UserError as error:
+                if self.config.on_bad == "refuse":
+                    raise
+                log.warning("left out: %s", error)
+        raise UserError(f"{self.file}: none of {len(numbers)} images can be read")
+
     def _bad(self, problem: str) -> None:
         if self.config.on_bad == "refuse":
-            raise UserError(f"{self.file}: {problem}; mend it, or set --data.on-bad skip to leave such records out")
+            raise UserError(
+                f"{self.file}: {problem}; mend it, or set --data.coco.on-bad skip to leave such records out"
+            )
         self.problems.append(problem)
 
     def _images(self) -> dict[int, Record]:

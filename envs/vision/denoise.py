@@ -20,10 +20,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from envs.vision.image_rewards import AGREEMENT, RewardScorer
-from envs.vision.scenes import SceneConfig, Split, make_scene
+from envs.vision.loaded_models import shared_diffusion
+from envs.vision.scenes import SceneConfig, Split, scene_caption
 from envs.vision.settings import vision_device, vision_split
 from envs.vision.shipped_weights import scenes_model
-from models.diffusion.folder import load_folder
 from models.diffusion.noise_schedule import draw_noise
 from models.diffusion.schedulers import DDIM
 from models.errors import UserError
@@ -71,12 +71,12 @@ class DenoiseVectorEnv(VectorEnv):
             eye = scenes_model("detr", detector or os.environ.get(DETECTOR_VARIABLE), DETECTOR_VARIABLE)
         device, split = vision_device(device), vision_split(split)
         self.num_envs, self.cost, self.max_stride = num_envs, cost, max_stride
-        self._model = load_folder(model, device=device)
+        self._model = shared_diffusion(model, device)
         self._scorer = RewardScorer(reward, eye, device)
         self._ddim = DDIM(self._model.scheduler.with_name("ddim"), grid)
         self._alpha_bars = torch.tensor(self._ddim.alpha_bars(), device=device)  # of the grid and of its end
         self._times = torch.tensor(self._ddim.timesteps, device=device)
-        self._prompts = list(prompts) or [make_scene(SCENES, 0, i, split).caption for i in range(256)]
+        self._prompts = list(prompts) or [scene_caption(SCENES, 0, i, split) for i in range(256)]
         self._contexts_PME = self._model.encode_prompts(self._prompts)
         self._empty_ME = self._model.encode_prompts([""])[0]
         channels = self._model.unet.config.in_channels

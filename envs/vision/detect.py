@@ -31,11 +31,11 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from envs.vision.box_quality import box_ious, box_quality
+from envs.vision.loaded_models import shared_detr
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
 from envs.vision.settings import vision_device, vision_split
 from envs.vision.shipped_weights import scenes_model
-from models.detr.checkpoint import load_detr
 from models.detr.detr import DetrOutput, normalise_images
 from models.detr.postprocess import Detections, detections, without
 from models.errors import UserError
@@ -65,11 +65,11 @@ class DetrEye:
     """A DETR folder as an eye: things of probability above the threshold."""
 
     def __init__(self, folder: str | Path, threshold: float = 0.5, device: str = "cpu") -> None:
-        self.model, self.threshold, self.device = load_detr(folder).to(device), threshold, device
+        self.model, self.threshold, self.device = shared_detr(folder, device), threshold, device
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> list[Detections]:
-        output = self.model(normalise_images(images_BHWC.to(self.device)))
+        output = self.model(normalise_images(images_BHWC.to(self.device)), masks=False)
         last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
         return [without(d, STUFF) for d in detections(last, [(EYE, EYE)] * len(images_BHWC), self.threshold)]
 

@@ -40,7 +40,7 @@ class Batch:
     labels_BT: np.ndarray  # int64
     boxes_BT4: np.ndarray  # float32, cxcywh relative to the image
     valid_BT: np.ndarray  # bool
-    ids_BHW: np.ndarray | None  # int16
+    ids_BHW: np.ndarray | None  # uint8, or int16 if an image has more than 255 objects
 
     def to_device(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "DeviceBatch":
         pinned = torch.device(device).type == "cuda"
@@ -55,8 +55,9 @@ class Batch:
         labels, boxes, valid = move(self.labels_BT), move(self.boxes_BT4), move(self.valid_BT)
         masks = None
         if self.ids_BHW is not None:
-            numbers_T = torch.arange(1, labels.shape[1] + 1, device=device)
-            masks = move(self.ids_BHW)[:, None] == numbers_T[:, None, None]
+            ids = move(self.ids_BHW)
+            numbers_T = torch.arange(1, labels.shape[1] + 1, dtype=ids.dtype, device=device)
+            masks = ids[:, None] == numbers_T[:, None, None]
         height, width = self.images_BHWC.shape[1:3]
         pixels = None
         if (self.sizes_B2 != (height, width)).any():
@@ -86,7 +87,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         "labels_BT": np.zeros((count, objects), np.int64),
         "boxes_BT4": np.zeros((count, objects, 4), np.float32),
         "valid_BT": np.zeros((count, objects), bool),
-        "ids_BHW": np.zeros((count, height, width), np.int16) if with_masks else None,
+        "ids_BHW": np.zeros((count, height, width), np.uint8 if objects < 256 else np.int16) if with_masks else None,
     }
     for i, example in enumerate(examples):
         h, w = example.image.shape[:2]

@@ -33,11 +33,13 @@ class PanopticQuality:
         Two segments match if they are of one class and their IoU exceeds 1/2, which at most one pair can. Void pixels
         of the truth count for no union. A segment found mostly on void, or on a crowd of its class, is no mistake.
         """
-        truth_numbers, truth_index = np.unique(truth, return_inverse=True)
-        found_numbers, found_index = np.unique(found, return_inverse=True)
+        # One sort of pairs of numbers, where there are far fewer pairs than pixels.
+        pairs, pixels = np.unique(truth.astype(np.int64) << 32 | found.astype(np.int64), return_counts=True)
+        truth_numbers, truth_index = np.unique(pairs >> 32, return_inverse=True)
+        found_numbers, found_index = np.unique(pairs & 0xFFFFFFFF, return_inverse=True)
         shape = len(truth_numbers), len(found_numbers)
         overlap = np.zeros(shape, np.int64)
-        np.add.at(overlap, (truth_index.ravel(), found_index.ravel()), 1)
+        overlap[truth_index, found_index] = pixels
         truth_area, found_area = overlap.sum(1), overlap.sum(0)
         labels_t = [truth_labels.get(int(n)) for n in truth_numbers]
         labels_f = [found_labels.get(int(n)) for n in found_numbers]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from envs.vision.loaded_models import shared_detr
 from envs.vision.scene_spec import BACKGROUND_COLOURS, COLOURS, KINDS, ObjectSpec, parse_caption
-from models.detr.checkpoint import load_detr
 from models.detr.detr import DetrOutput, normalise_images
 from models.detr.postprocess import Detections, detections
 from models.errors import UserError
@@ -24,7 +24,7 @@ class SceneDetector:
     """A DETR that knows the kinds of scenes. Raises UserError for a detector of other classes."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self._model, self._device = load_detr(folder).to(device), device
+        self._model, self._device = shared_detr(folder, device), device
         if self._model.config.num_labels < len(KINDS):
             raise UserError(f"{folder}: has {self._model.config.num_labels} classes; is it a detector of scenes?")
 
@@ -34,7 +34,7 @@ class SceneDetector:
         found: list[Detections] = []
         for at in range(0, len(images), _BATCH):
             chunk_BHWC = torch.tensor(images[at : at + _BATCH], device=self._device)
-            output = self._model(normalise_images(chunk_BHWC))
+            output = self._model(normalise_images(chunk_BHWC), masks=False)
             last = DetrOutput(output.logits_LBQC[-1:].cpu(), output.boxes_LBQ4[-1:].cpu())
             found += detections(last, [images.shape[1:3]] * len(chunk_BHWC), THRESHOLD)
         return found
@@ -60,10 +60,24 @@ def share_found(objects: Sequence[ObjectSpec], found: Detections, image: np.ndar
     Each detection counts for one object, and those that nobody asked for cost nothing. A caption without objects is met
     by a picture without detections.
     """
+    return _count(objects, found, image) / len(objects) if objects else float(not things_in(found))
+
+
+def share_of_all(objects: Sequence[ObjectSpec], found: Detections, image: np.ndarray) -> float:
+    """As `share_found`, but of all things that are seen where these are more than the objects: a picture full of
+    everything is no good picture of a few things."""
+    seen = things_in(found)
+    return _count(objects, found, image) / max(len(objects), seen) if objects else float(not seen)
+
+
+def things_in(found: Detections) -> int:
+    """How many of the detections are no backgrounds."""
+    return int((found.labels < len(KINDS)).sum())
+
+
+def _count(objects: Sequence[ObjectSpec], found: Detections, image: np.ndarray) -> float:
     height, width = image.shape[:2]
     boxes, labels = found.boxes.numpy(), found.labels.tolist()
-    if not objects:
-        return float(not any(label < len(KINDS) for label in labels))
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array([width, height], np.float32)
     colours = [colour_of(image, box) for box in boxes]
     fits = np.zeros((len(objects), len(labels)))
@@ -72,7 +86,7 @@ def share_found(objects: Sequence[ObjectSpec], found: Detections, image: np.ndar
         for j, (x, y) in enumerate(centres):
             there = _near(x, column) and _near(y, row)
             fits[i, j] = there and labels[j] == thing.label and colours[j] == thing.colour
-    return float(fits[linear_sum_assignment(fits, maximize=True)].sum() / len(objects))
+    return float(fits[linear_sum_assignment(fits, maximize=True)].sum())
 
 
 def colour_of(image: np.ndarray, box: np.ndarray) -> str | None:

@@ -129,11 +129,11 @@ class BatchLoader:
         """Scenes never repeat; the images of a folder come in a new order each epoch, flipped and resized at random."""
         source = self.source(heldout=False)
         indices = [self._index(len(source), i) for i in range(number * self.batch_size, (number + 1) * self.batch_size)]
-        examples = [source.example(i) for i in indices]
         if isinstance(source, CocoSource):
+            examples = [source.folder.readable(i)[1] for i in indices]
             rng = np.random.default_rng(derive_seed(self.seed, "augmentation", number))
-            examples = [resized(flipped(e, rng), self.config.resize, rng) for e in examples]
-        return self._collate(examples)
+            return self._collate([resized(flipped(e, rng), self.config.resize, rng) for e in examples])
+        return self._collate([source.example(i) for i in indices])
 
     def heldout_batch(self, first: int, count: int) -> Batch:
         source = self.source(heldout=True)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.detr.config import DetrConfig, ResNetConfig, from_hf, to_hf
 from models.detr.detr import IMAGE_MEAN, IMAGE_STD, Detr
 from models.detr.names import from_original, from_transformers, to_transformers
 from models.errors import UserError
-from models.language.checkpoint import read_json, read_tensors, write_json
+from models.language.checkpoint import read_json, read_tensors, write_json, write_tensors
 
 ORIGINAL_HEADS = 8  # of every published model; the tensors do not tell
 
@@ -70,10 +69,8 @@ def save_detr(model: Detr, folder: str | Path, dtype: torch.dtype = torch.float3
     tensors = dict(to_transformers(model.state_dict().items(), model.config.mask_head))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "model.safetensors.part"
         whole = {name: tensor.detach().cpu().to(dtype).contiguous().clone() for name, tensor in tensors.items()}
-        save_file(whole, part, metadata={"format": "pt"})
-        part.replace(folder / "model.safetensors")
+        write_tensors(folder / "model.safetensors", whole)
         write_json(folder / "config.json", {**content, "dtype": str(dtype).removeprefix("torch.")})
         write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 B images, H×W pixels, Q queries, K cells of the feature map, L decoder layers, D width, C classes with "no object" last.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,11 +72,14 @@ class Detr(nn.Module):
             self.bbox_attention = AttentionMap(dim, config.encoder_attention_heads)
             self.mask_head = MaskHead(dim, config.encoder_attention_heads, channels[2::-1])
 
-    def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None) -> DetrOutput:
-        """images: normalised by IMAGE_MEAN and IMAGE_STD. valid: False at padding; None if nothing is padded."""
-        return self.detect(self.backbone(images_BCHW), valid_BHW)
+    def forward(self, images_BCHW: Tensor, valid_BHW: Tensor | None = None, masks: bool = True) -> DetrOutput:
+        """images: normalised by IMAGE_MEAN and IMAGE_STD. valid: False at padding; None if nothing is padded.
 
-    def detect(self, features: list[Tensor], valid_BHW: Tensor | None) -> DetrOutput:
+        masks: predict them too, if the model has a mask head. They cost about as much as all the rest.
+        """
+        return self.detect(self.backbone(images_BCHW), valid_BHW, masks)
+
+    def detect(self, features: list[Tensor], valid_BHW: Tensor | None, masks: bool = True) -> DetrOutput:
         """What follows the backbone. features: its maps from fine to coarse."""
         x_BDHW = self.input_proj(features[-1])
         rows, columns = x_BDHW.shape[-2:]
@@ -89,7 +93,7 @@ class Detr(nn.Module):
         x_BKD = x_BDHW.flatten(2).transpose(1, 2)
         hidden_LBQD, memory_BKD = self.transformer(x_BKD, position_BKD, self.query_embed.weight, valid_BK)
         masks_BQHW = None
-        if self.config.mask_head:
+        if self.config.mask_head and masks:
             attention_BQNK = self.bbox_attention(hidden_LBQD[-1], memory_BKD, valid_BK)
             masks_BQHW = self.mask_head(x_BDHW, attention_BQNK.unflatten(-1, (rows, columns)), features[2::-1])
         # Never in lower precision than the weights: a box in bfloat16 is good to half a pixel in 128.
@@ -101,6 +105,11 @@ class Detr(nn.Module):
 
 def normalise_images(images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (B, H, W, 3) → (B, 3, H, W), channels last in memory, normalised by IMAGE_MEAN and IMAGE_STD."""
-    mean = torch.tensor(IMAGE_MEAN, device=images_BHWC.device)
-    std = torch.tensor(IMAGE_STD, device=images_BHWC.device)
+    mean, std = _image_statistics(images_BHWC.device)
     return ((images_BHWC.float() / 255 - mean) / std).to(dtype).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Once a device: to make a tensor of a list there waits for everything that the GPU still has to do."""
+    return torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)

@@ -5,6 +5,7 @@ L decoder layers, B images, Q queries, T objects at most, C classes with "no obj
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,14 +37,15 @@ def set_loss(output: DetrOutput, targets: Targets, config: SetLossConfig) -> tup
     The total sums all layers (the auxiliary losses are those of the layers but the last). Sums over objects are divided
     by the number of objects in the batch, at least 1.
     """
-    queries_LBT = match(output.logits_LBQC, output.boxes_LBQ4, targets, config.costs)
+    matched_LBT = match(output.logits_LBQC, output.boxes_LBQ4, targets, config.costs)
+    queries_LBT = matched_LBT.to(output.logits_LBQC.device, non_blocking=True)
     count = targets.valid_BT.sum().clamp(min=1)
     parts = {
         "label": label_loss(output.logits_LBQC, targets.labels_BT, queries_LBT, config.no_object_weight),
         **box_losses(output.boxes_LBQ4, targets.boxes_BT4, queries_LBT, count),
     }
     if output.masks_BQHW is not None and targets.masks_BTHW is not None:
-        parts |= mask_losses(output.masks_BQHW, targets.masks_BTHW, queries_LBT[-1], count)
+        parts |= mask_losses(output.masks_BQHW, targets.masks_BTHW, matched_LBT[-1], count)
     total = torch.stack([getattr(config, name) * value.sum() for name, value in parts.items()]).sum()
     return total, parts
 
@@ -77,13 +79,19 @@ def box_losses(boxes_LBQ4: Tensor, wanted_BT4: Tensor, queries_LBT: Tensor, coun
 
 
 def mask_losses(masks_BQhw: Tensor, wanted_BTHW: Tensor, queries_BT: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Focal ("mask") and dice loss of the matched queries' masks, scaled up to the size of the wanted ones."""
-    images, objects = (queries_BT >= 0).nonzero(as_tuple=True)
+    """Focal ("mask") and dice loss of the matched queries' masks, scaled up to the size of the wanted ones.
+
+    queries_BT: on the CPU, where it can be known without waiting for the GPU how many pairs there are.
+    """
+    queries = queries_BT.numpy()
+    images, objects = np.nonzero(queries >= 0)
     if len(images) == 0:
         nothing = 0 * masks_BQhw.sum()  # keeps the graph
         return {"mask": nothing, "dice": nothing}
-    logits_NHW = masks_BQhw[images, queries_BT[images, objects]].float()
-    wanted_NHW = wanted_BTHW[images, objects].float()
+    rows = [images * masks_BQhw.shape[1] + queries[images, objects], images * wanted_BTHW.shape[1] + objects]
+    found_N, sought_N = torch.from_numpy(np.stack(rows)).to(masks_BQhw.device, non_blocking=True)
+    logits_NHW = masks_BQhw.flatten(0, 1).index_select(0, found_N).float()
+    wanted_NHW = wanted_BTHW.flatten(0, 1).index_select(0, sought_N).float()
     logits_NHW = F.interpolate(logits_NHW[:, None], size=wanted_NHW.shape[-2:], mode="bilinear")[:, 0]
     logits_NP, wanted_NP = logits_NHW.flatten(1), wanted_NHW.flatten(1)
     return {

@@ -43,21 +43,20 @@ def cost_matrix(logits_LBQC: Tensor, boxes_LBQ4: Tensor, targets: Targets, costs
 
 
 def match(logits_LBQC: Tensor, boxes_LBQ4: Tensor, targets: Targets, costs: MatchingCosts) -> Tensor:
-    """Return the query (L, B, T) that answers for each object, on the device of the predictions.
+    """Return the query (L, B, T) that answers for each object, on the CPU: the one thing of a training step that the
+    host has to wait for.
 
     -1: the object is padding, or there are more objects than queries and this one is left out. Each layer is matched
     on its own. A cost that is not finite counts as the worst one, so a NaN shows in the loss and not as a crash here.
     """
-    cost = (
-        cost_matrix(logits_LBQC, boxes_LBQ4, targets, costs).nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).cpu().numpy()
-    )
-    objects = targets.valid_BT.cpu().numpy()
-    queries_LBT = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int64)
-    for image, valid in enumerate(objects):
+    cost_LBQT = cost_matrix(logits_LBQC, boxes_LBQ4, targets, costs).nan_to_num(nan=1e9, posinf=1e9, neginf=1e9)
+    # The costs say what is padding: one transfer. Objects come first, for the solver is faster with the fewer rows.
+    cost_LBQT = cost_LBQT.masked_fill(~targets.valid_BT[None, :, None], torch.inf)
+    cost_LBTQ = cost_LBQT.transpose(2, 3).contiguous().cpu().numpy()
+    queries_LBT = np.full(cost_LBTQ.shape[:3], -1, np.int64)
+    for image, valid in enumerate(np.isfinite(cost_LBTQ[0, :, :, 0])):
         present = np.flatnonzero(valid)
-        if len(present) == 0:
-            continue
-        for layer in range(len(cost)):
-            rows, columns = linear_sum_assignment(cost[layer, image][:, present])
-            queries_LBT[layer, image, present[columns]] = rows
-    return torch.from_numpy(queries_LBT).to(logits_LBQC.device)
+        for layer in range(len(cost_LBTQ) if len(present) else 0):
+            rows, columns = linear_sum_assignment(cost_LBTQ[layer, image, present])
+            queries_LBT[layer, image, present[rows]] = columns
+    return torch.from_numpy(queries_LBT)

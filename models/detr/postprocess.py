@@ -83,43 +83,45 @@ def panoptic(
         raise ValueError("this model predicts no masks")
     scores_BQ, labels_BQ = output.logits_BQC.float().softmax(-1).max(-1)
     kept_BQ = (labels_BQ < output.logits_BQC.shape[-1] - 1) & (scores_BQ > threshold)
+    kept, scores, labels = kept_BQ.cpu(), scores_BQ.tolist(), labels_BQ.tolist()
     results = []
     for i, size in enumerate(sizes):
-        kept = kept_BQ[i]
-        masks = output.masks_BQHW[i, kept].float()
+        queries = kept[i].nonzero().squeeze(1)
+        masks = output.masks_BQHW[i].index_select(0, queries.to(output.masks_BQHW.device, non_blocking=True)).float()
         if padded is not None:
             masks = masks[:, : padded[i][0], : padded[i][1]]
-        results.append(_segments(masks.sigmoid(), scores_BQ[i, kept], labels_BQ[i, kept], size, mask_threshold,
-                                 overlap_threshold, stuff))  # fmt: skip
+        found = [(labels[i][q], scores[i][q]) for q in queries.tolist()]
+        results.append(_segments(masks.sigmoid(), found, size, mask_threshold, overlap_threshold, stuff))
     return results
 
 
 def _segments(
     probabilities: Tensor,
-    scores: Tensor,
-    labels: Tensor,
+    found: Sequence[tuple[int, float]],
     size: tuple[int, int],
     mask_threshold: float,
     overlap_threshold: float,
     stuff: Collection[int],
 ) -> Panoptic:
-    ids = torch.zeros(size, dtype=torch.int32, device=probabilities.device)
-    if len(scores) == 0:
-        return Panoptic(ids, [])
+    """found: label and score of each mask."""
+    if not found:
+        return Panoptic(torch.zeros(size, dtype=torch.int32, device=probabilities.device), [])
+    scores = torch.tensor([score for _, score in found]).to(probabilities.device, non_blocking=True)
     probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear")[0] * scores[:, None, None]
     owner = probabilities.argmax(0)
-    owned = torch.bincount(owner.flatten(), minlength=len(scores)).tolist()
-    claimed = (probabilities >= mask_threshold).sum((1, 2)).tolist()
+    owns = owner == torch.arange(len(found), device=owner.device)[:, None, None]
+    owned, claimed = torch.stack([owns, probabilities >= mask_threshold]).sum((2, 3)).tolist()
     segments: list[Segment] = []
     of_stuff: dict[int, int] = {}
-    for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())):
-        if owned[k] == 0 or claimed[k] == 0 or owned[k] / claimed[k] <= overlap_threshold:
-            continue
-        if label in of_stuff:
-            ids[owner == k] = of_stuff[label]
-            continue
-        segments.append(Segment(len(segments) + 1, label, score))
-        ids[owner == k] = segments[-1].id
-        if label in stuff:
-            of_stuff[label] = segments[-1].id
-    return Panoptic(ids, segments)
+    ids = []  # of the masks
+    for (label, score), pixels, most in zip(found, owned, claimed):
+        if pixels == 0 or most == 0 or pixels / most <= overlap_threshold:
+            ids.append(0)
+        elif label in of_stuff:
+            ids.append(of_stuff[label])
+        else:
+            segments.append(Segment(len(segments) + 1, label, score))
+            ids.append(segments[-1].id)
+            if label in stuff:
+                of_stuff[label] = segments[-1].id
+    return Panoptic(torch.tensor(ids, dtype=torch.int32).to(owner.device, non_blocking=True)[owner], segments)

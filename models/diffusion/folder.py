@@ -7,14 +7,12 @@ tokenizer/           vocab.json  merges.txt  tokenizer_config.json  ...
 scheduler/           scheduler_config.json
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from models.diffusion.autoencoder import Autoencoder
@@ -25,7 +23,7 @@ from models.diffusion.text_encoder import TextEncoder
 from models.diffusion.tokenizer import PromptTokenizer
 from models.diffusion.unet import UNet
 from models.errors import UserError
-from models.language.checkpoint import read_json, write_json
+from models.language.checkpoint import read_json, write_json, write_tensors
 
 _CLASSES = {
     "unet": {"UNet2DConditionModel"},
@@ -208,6 +206,4 @@ def _save_part(
     tensors = {
         prefix + name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()
     }
-    file = folder / _WEIGHTS[folder.name]
-    save_file(tensors, f"{file}.part", metadata={"format": "pt"})
-    os.replace(f"{file}.part", file)
+    write_tensors(folder / _WEIGHTS[folder.name], tensors)

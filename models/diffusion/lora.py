@@ -6,17 +6,16 @@ wrote before it used peft (`.lora.down.weight`, `.lora.up.weight`) are read too.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.diffusion.unet import UNet
 from models.errors import UserError
+from models.language.checkpoint import write_tensors
 from models.language.lora_layers import LoraConfig, LoraLinear, LowRank
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -70,8 +69,7 @@ def save_lora(unet: UNet, folder: Path) -> None:
     metadata = {_METADATA: json.dumps({_PREFIX + key: value for key, value in settings.items()}, sort_keys=True)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"} | metadata)
-        os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, tensors, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder}: cannot write the adapter ({error}); free some space or choose another folder"

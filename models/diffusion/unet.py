@@ -56,8 +56,10 @@ class UNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, time: Tensor | float, context_BME: Tensor) -> Tensor:
         """time: one timestep, or one per image (B,), in units of the training schedule; fractions are allowed."""
-        time_B = torch.as_tensor(time, device=x_BCHW.device).expand(x_BCHW.shape[0])
-        time_BD = self.time_embedding(time_B)
+        # A number is filled in on the GPU: as a tensor it would be copied there, and the host wait for the last step.
+        if not isinstance(time, Tensor):
+            time = torch.full((), time, device=x_BCHW.device)
+        time_BD = self.time_embedding(time.to(x_BCHW.device).expand(len(x_BCHW)))
         x_BCHW = self.conv_in(x_BCHW)
         skips = [x_BCHW]
         for down in self.down_blocks:

@@ -146,8 +146,7 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer_files_from: st
         for name, shard in zip(names, shards):
             # Cloned one shard at a time: pieces of one stacked tensor share its storage, which safetensors refuses.
             whole = {key: tensor.detach().cpu().clone() for key, tensor in shard.items()}
-            save_file(whole, folder / f"{name}.part", metadata={"format": "pt"})
-            os.replace(folder / f"{name}.part", folder / name)
+            write_tensors(folder / name, whole)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
         write_json(folder / "config.json", {**model.config.to_hf(), "dtype": dtype})
         for file in TOKENIZER_FILES if tokenizer_files_from is not None else ():
@@ -206,6 +205,19 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; download it again")
     return content
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file of a model folder, whole or not at all.
+
+    Whoever may read the folder's other files may read this one: safetensors would let its owner alone.
+    """
+    part = file.with_name(file.name + ".part")
+    part.touch()
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+    part.chmod(mode)
+    os.replace(part, file)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import UserError
+from models.language.checkpoint import write_tensors
 from models.language.decoder import Decoder
 from models.language.experts import Experts
 from models.language.lora import ALL_LINEAR, attach, parts
@@ -46,8 +47,7 @@ def save_adapter(model: Decoder, folder: Path, name: str = "default", base_model
 def write_adapter(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"{TENSORS}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{TENSORS}.part", folder / TENSORS)
+        write_tensors(folder / TENSORS, tensors)
         (folder / f"{CONFIG}.part").write_text(json.dumps(settings, indent=2) + "\n")
         os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
     except (OSError, SafetensorError) as error:

@@ -3,14 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.vision.ddpo import DDPOConfig, evaluate, train
+from agents.vision.ddpo import DDPOConfig, evaluate, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
@@ -106,6 +106,24 @@ def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
     metrics = json.loads(directory.summary.read_text())["metrics"]
     assert metrics["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
     assert metrics["eval/before/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[0])
+
+
+@pytest.mark.parametrize(("device", "reward", "expected"), [
+    ("cuda", "scene-agreement", ("cuda", 0.1)), ("cpu", "scene-agreement", ("cpu", 0)),
+    ("cuda", "jpeg-compressibility", ("cpu", 0)),
+])  # fmt: skip
+def test_a_detector_pays_where_the_diffusion_model_draws(
+    tiny: DDPOConfig, device: str, reward: str, expected: tuple[str, float]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Run:
+        def actors(self, cls: type, count: int, resources: dict[str, float], *args: Any, name: str) -> None:
+            asked.update(device=args[-1], gpu=resources["gpu"])
+
+    Run.device = device  # type: ignore[attr-defined]
+    start_scorer(replace(tiny, reward=reward), Run())  # type: ignore[arg-type]
+    assert (asked["device"], asked["gpu"]) == expected
 
 
 def test_resume_repeats_the_uninterrupted_run(tiny: DDPOConfig, tmp_path: Path) -> None:

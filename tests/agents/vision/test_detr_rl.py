@@ -179,6 +179,8 @@ def test_bad_settings(detector: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             config(detector, **change)
+    with pytest.raises(UserError, match="--model is missing"):
+        tuner(config(Path()))
     with pytest.raises(UserError, match="cannot be imported"):
         tuner(config(detector, reward="envs.vision.box_quality:nothing"))
     with pytest.raises(UserError, match="21 labels, the data has 2"):

@@ -113,6 +113,14 @@ def test_the_share_of_the_scene_that_is_seen_is_paid(judge: SceneJudge) -> None:
     ]
 
 
+def test_what_nobody_asked_for_costs(judge: SceneJudge) -> None:
+    everywhere = " and ".join(f"a {c} {k} {p}" for p in PLACES for c, k in [("red", "circle")])
+    assert score(judge, f"{TWO.caption()}, a green star at the top and a pink ring at the top right") == [
+        (0.5, "partial")
+    ]
+    assert score(judge, everywhere)[0][0] <= 1 / 8  # a circle may be hidden behind another
+
+
 def test_right_captions_are_paid_in_full(judge: SceneJudge) -> None:
     problems = load_problems(SOURCE, 100, seed=0)
     verdicts = judge.score(problems, [p.answer for p in problems])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from envs.vision.captioned import CaptionedCoco
 from envs.vision.coco import CocoConfig, CocoFolder
 from envs.vision.coco_eval import average_precision, detection_records
 from envs.vision.coco_format import write_scenes
@@ -17,6 +18,8 @@ from envs.vision.example import Example, collate
 from envs.vision.panoptic_quality import PanopticQuality
 from envs.vision.scene_spec import CATEGORIES, KINDS, STUFF
 from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.sources import BatchLoader, DataConfig
+from envs.vision.transforms import ResizeConfig
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.postprocess import Detections
 from models.errors import UserError
@@ -165,6 +168,27 @@ def test_bad_files(folder: Path) -> None:
     file.write_text('{"images": []}')
     with pytest.raises(UserError, match="has no list 'annotations'"):
         CocoFolder(config(folder))
+
+
+def test_a_broken_image_ends_the_training_or_is_replaced_by_the_next(folder: Path) -> None:
+    (folder / "train" / f"{1:012d}.png").write_bytes(b"no picture")
+    (folder / "train" / f"{2:012d}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"00000000000[12]\.png: not an image"):
+        BatchLoader(DataConfig(coco=config(folder)), 0, COUNT, masks=False).train_batch(0)
+    skipping = config(folder, on_bad="skip")
+    whole = {scene.image.tobytes() for scene in (make_scene(SCENES, 0, i) for i in (0, 3, 4))}
+    small = DataConfig(coco=skipping, resize=ResizeConfig((64,), 64))
+    batch = BatchLoader(small, 0, COUNT, masks=False).train_batch(0)
+    assert {image.tobytes() for image in batch.images_BHWC} | {
+        image[:, ::-1].tobytes() for image in batch.images_BHWC
+    } >= whole
+    assert CocoFolder(skipping).readable(1)[0] == 3
+    captioned = CaptionedCoco(skipping, size=64)
+    assert [captioned.example(i)[1] for i in (0, 1, 2)] == [make_scene(SCENES, 0, i).caption for i in (0, 3, 3)]
+    for i in (0, 3, 4):
+        (folder / "train" / f"{i:012d}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of 5 images can be read"):
+        CocoFolder(skipping).readable(2)
 
 
 def test_collate_pads_and_keeps_boxes() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs.vision.scene_agreement import SceneAgreement, share_found
+from envs.vision.scene_agreement import SceneAgreement, share_found, share_of_all
 from envs.vision.scene_spec import BACKGROUND_COLOURS, CATEGORIES, COLOURS, KINDS, SceneSpec, parse_caption
 from envs.vision.scenes import Scene, SceneConfig, make_scene
 from models.detr.checkpoint import save_detr
@@ -109,3 +109,17 @@ def test_a_detector_looks(tmp_path: Path) -> None:
     assert all(0 <= share <= 1 for share in agreement(images, [TWO.caption()] * 2))
     with pytest.raises(UserError, match="an elephant"):
         agreement(images, ["an elephant", TWO.caption()])
+
+
+def test_of_all_that_is_seen() -> None:
+    exact = seen(("circle", 15, 15), ("star", 45, 45))
+    crowded = seen(("circle", 15, 15), ("star", 45, 45), ("ring", 80, 80), ("cross", 10, 80))
+    assert share_of_all(TWO.objects, exact, RED_AND_BLUE) == 1
+    assert share_found(TWO.objects, crowded, RED_AND_BLUE) == 1
+    assert share_of_all(TWO.objects, crowded, RED_AND_BLUE) == 0.5
+    assert share_of_all(TWO.objects, seen(("circle", 15, 15)), RED_AND_BLUE) == 0.5
+    background = Detections(
+        torch.ones(1), torch.tensor([len(KINDS)]), torch.tensor([[0.0, 0, 90, 90]]), torch.arange(1)
+    )
+    assert share_of_all((), background, RED_AND_BLUE) == 1
+    assert share_of_all((), exact, RED_AND_BLUE) == 0

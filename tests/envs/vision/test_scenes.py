@@ -15,7 +15,7 @@ from envs.vision.scene_spec import (
     parse_caption,
     sample_spec,
 )
-from envs.vision.scenes import Scene, SceneConfig, captioned_images, make_scene, render
+from envs.vision.scenes import Scene, SceneConfig, captioned_images, make_scene, render, scene_caption
 from models.errors import UserError
 
 CONFIG = SceneConfig()
@@ -173,3 +173,8 @@ def test_categories() -> None:
     assert {CATEGORIES[i] for i in STUFF} == {f"{pattern} background" for pattern in PATTERNS}
     with pytest.raises(UserError, match="min_objects 3 and max_objects 2"):
         SceneConfig(min_objects=3, max_objects=2)
+
+
+def test_a_caption_can_be_had_without_its_picture() -> None:
+    for split in ("train", "heldout"):
+        assert scene_caption(SceneConfig(), 3, 7, split) == make_scene(SceneConfig(), 3, 7, split).caption

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from envs.vision.example import Example
+from envs.vision.example import Example, collate
 from envs.vision.scenes import SceneConfig
 from envs.vision.sources import SceneSource
 from envs.vision.transforms import ResizeConfig, flipped, resized
@@ -50,3 +50,18 @@ def test_a_flip_mirrors_everything() -> None:
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="do not fit together"):
         ResizeConfig((800,), 700)
+
+
+def test_masks_travel_as_bytes_until_there_are_too_many() -> None:
+    few, many = (
+        Example(np.zeros((32, 32, 3), np.uint8), np.zeros(n, np.int64), np.zeros((n, 4), np.float32),
+                np.full((32, 32), n, np.int16)) for n in (255, 256)
+    )  # fmt: skip
+    for example, dtype in ((few, np.uint8), (many, np.int16)):
+        batch = collate([example])
+        assert batch.ids_BHW is not None
+        assert batch.ids_BHW.dtype == dtype
+        masks = batch.to_device("cpu").targets.masks_BTHW
+        assert masks is not None
+        assert masks.flatten(2).all(-1)[0].nonzero().tolist() == [[len(example.labels) - 1]]
+        assert masks.sum() == 32 * 32

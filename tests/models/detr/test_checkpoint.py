@@ -4,6 +4,7 @@ by renaming a transformers model's tensors to the published key lists: the real 
 import argparse
 import json
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,9 @@ def test_keys_are_published_ones_at_full_size() -> None:
         model = Detr(DetrConfig())
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(41.5, abs=0.05)
     assert len([name for name in model.state_dict() if re.match(r"backbone\.layer\d\.\d+\.conv\d\.weight", name)]) == 48
+
+
+def test_a_saved_model_may_be_read_by_whoever_may_read_its_folder(box_peer: Any, tmp_path: Path) -> None:
+    save_detr(Detr(SMALL), tmp_path / "model")
+    modes = {file.name: stat.filemode(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models.detr.config import DetrConfig, ResNetConfig
-from models.detr.detr import Detr, normalise_images
+from models.detr.detr import IMAGE_MEAN, IMAGE_STD, Detr, normalise_images
 from models.detr.position import sine_position
 from models.detr.resnet import ResNet, fold_batch_norms
 from models.errors import UserError
@@ -102,3 +102,23 @@ def test_autocast_leaves_the_heads_in_float32() -> None:
         output = model(images)
     assert output.boxes_LBQ4.dtype == output.logits_LBQC.dtype == torch.float32
     torch.testing.assert_close(output.boxes_BQ4, model(images).boxes_BQ4, atol=0.02, rtol=0)
+
+
+def test_what_normalises_images_is_made_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor made of a list is copied to the GPU while the host waits for all that was asked of it before."""
+    images = torch.randint(256, (2, 4, 6, 3), dtype=torch.uint8)
+    first = normalise_images(images)
+    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
+    torch.testing.assert_close(first, (images.permute(0, 3, 1, 2) / 255 - mean) / std)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(normalise_images(images), first)
+
+
+def test_boxes_can_be_had_without_masks() -> None:
+    torch.manual_seed(0)
+    model, images = Detr(SMALL).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        whole, boxes = model(images), model(images, masks=False)
+    assert whole.masks_BQHW is not None
+    assert boxes.masks_BQHW is None
+    assert torch.equal(boxes.boxes_BQ4, whole.boxes_BQ4)

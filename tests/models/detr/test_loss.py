@@ -5,10 +5,12 @@ of a layer to the next one, which the paper's does not. So its loss functions ar
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DetrConfig as PeerConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss, ForSegmentationLoss, HungarianMatcher
 
@@ -172,3 +174,24 @@ def test_giou_of_known_boxes() -> None:
     assert [x.item() for x in iou_and_giou(a, a)] == [1, 1]
     assert cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 1, 1])).tolist() == a.tolist()
     assert xyxy_to_cxcywh(b).tolist() == [1.5, 1.5, 1, 1]
+
+
+class NothingThatWaits(TorchDispatchMode):
+    """Refuses operations whose result the host must know before it can go on: for these it would wait for a GPU."""
+
+    WAITING = ("aten.nonzero", "aten._local_scalar_dense", "aten.masked_select", "aten.equal", "aten.unique")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not str(function).startswith(self.WAITING), function
+        if str(function).startswith(("aten.index.", "aten.index_put")):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), function
+        return function(*args, **(kwargs or {}))
+
+
+def test_after_matching_no_loss_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, targets = predictions(masks=True), stacked(objects())
+    matched = match(output.logits_LBQC, output.boxes_LBQ4, targets, MatchingCosts())
+    assert matched.device.type == "cpu"
+    monkeypatch.setattr("models.detr.loss.match", lambda *_: matched)
+    with NothingThatWaits():
+        set_loss(output, targets, SetLossConfig())[0].backward()

@@ -111,3 +111,12 @@ def test_the_references_own_json_is_understood() -> None:
 def test_another_architecture_is_refused_by_its_setting(changes: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         UNetConfig.from_json(UNetConfig(**UNET).to_json() | changes, "unet/config.json")
+
+
+@torch.no_grad()
+def test_a_timestep_is_a_number_or_a_tensor_of_one_or_of_each_image() -> None:
+    unet, _ = unets()
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    expected = unet(x, torch.tensor([7, 7]), context)
+    for time in (7, 7.0, torch.tensor(7)):
+        assert torch.equal(unet(x, time, context), expected)
