@@ -1,10 +1,11 @@
 """A2C: advantage actor-critic (Mnih et al., arXiv 1602.01783), the synchronous form, with GAE or n-step returns.
 
-    workers play `segments` segments of `n_steps` steps each ──▶ for each segment: advantages, one step of the critic
-    on the squared advantage, one step of the actor along advantage · ∇log π + ent_coef · ∇entropy ──▶ new weights
+    workers play `segments` segments of `n_steps` steps each ──▶ for each segment: advantages, `critic_steps` steps of
+    the critic on the squared advantage, one step of the actor along advantage · ∇log π + ent_coef · ∇entropy ──▶ ...
 
 The critic learns faster than the actor (two time scales: Konda and Tsitsiklis, 2000). With one rate for both the
-policy reaches CartPole's maximum as soon and then falls off it again in a third of the seeds.
+policy reaches CartPole's maximum as soon and then falls off it again in a third of the seeds. Where an action matters
+little beside the critic's errors (Pendulum), the critic needs several steps to each of the actor.
 
 The segments of a call were played by the policy of its beginning, so that the last one is `segments - 1` updates old;
 `train/policy_lag_kl` shows how far the policy has moved.
@@ -31,11 +32,15 @@ class A2CConfig(OnPolicyConfig):
     lr: float = 5e-4
     """Learning rate of the actor (Adam)."""
     critic_lr: float = 2e-3
+    critic_steps: int = 1
+    """Of the critic's gradient descent on the returns of one segment."""
     ent_coef: float = 0.01
+    normalize_advantages: bool = True
+    """Within each update, to mean 0 and standard deviation 1."""
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"ent_coef"})
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef"}
 
     @property
     def steps_per_call(self) -> int:
@@ -73,7 +78,7 @@ class A2C(Learner):
 
     def update_on(self, segment: Fragment) -> dict[str, float]:
         values_TN = self.critic(torch.from_numpy(segment.observations))
-        steps = batch(segment, values_TN.detach().numpy(), self.config)
+        steps = batch(segment, values_TN.detach().numpy(), self.config, self.config.normalize_advantages)
         value_loss = (values_TN[:-1][torch.from_numpy(segment.valid)] - steps.targets).square().mean()
 
         pi = self.policy(steps.observations)
@@ -82,6 +87,9 @@ class A2C(Learner):
         entropy = pi.entropy().mean()
         loss = policy_loss - self.config.ent_coef * entropy + value_loss  # the networks share nothing
         descend(self.optimizers["adam"], loss, self.config.max_grad_norm)
+        for _ in range(self.config.critic_steps - 1):  # the policy has no gradient here, and stays
+            again = (self.critic(steps.observations) - steps.targets).square().mean()
+            descend(self.optimizers["adam"], again, self.config.max_grad_norm)
         return {
             "train/policy_loss": policy_loss.item(),
             "train/value_loss": value_loss.item(),

@@ -62,7 +62,7 @@ class OffPACConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"ent_coef", "replays"})
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef", "replays"}
 
 
 def train(config: OffPACConfig, run: "Run") -> None:

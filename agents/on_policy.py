@@ -28,7 +28,7 @@ from agents.returns import gae
 from agents.rollout import Fragment, Snapshot, call_each, join
 from envs.control.spaces import ControlSpaces, DiscreteActions
 from envs.control.vector_env import control_spaces
-from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy
+from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -50,7 +50,11 @@ class OnPolicyConfig(ControlConfig):
     """Divide by the running standard deviation of the discounted return."""
     log_std_init: float = 0.0
     """Of the Gaussian policy for continuous actions: logarithm of the first standard deviation."""
+    sde_steps: int = 0
+    """Continuous actions explore by generalised state-dependent noise (gSDE), drawn anew every so many steps and with
+    each call of the workers; `log_std_init` is then that of the noise's weights. 0: independent noise at each step."""
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"sde_steps"})
     any_number: ClassVar[frozenset[str]] = frozenset({"log_std_init"})
 
     @property
@@ -129,7 +133,7 @@ class Learner(ABC):
     @property
     def policy(self) -> Policy:
         policy = self.networks["policy"]
-        assert isinstance(policy, CategoricalPolicy | GaussianPolicy)
+        assert isinstance(policy, Policy)
         return policy
 
     def snapshot(self) -> Snapshot:
@@ -196,6 +200,9 @@ def make_policy(config: OnPolicyConfig, spaces: ControlSpaces) -> Policy:
     sizes = config.hidden, config.activation
     if isinstance(spaces.actions, DiscreteActions):
         return CategoricalPolicy(spaces.observation_size, spaces.actions.count, *sizes)
+    if config.sde_steps:
+        noise = config.log_std_init, config.sde_steps
+        return StateDependentGaussianPolicy(spaces.observation_size, spaces.actions.size, *sizes, *noise)
     return GaussianPolicy(spaces.observation_size, spaces.actions.size, *sizes, config.log_std_init)
 
 
@@ -206,18 +213,19 @@ class Batch:
     observations: Tensor  # (B, D)
     actions: Tensor  # (B,) or (B, A)
     log_probs: Tensor  # (B,), when they were drawn
-    advantages: Tensor  # (B,), mean 0 and standard deviation 1
+    advantages: Tensor  # (B,), mean 0 and standard deviation 1 unless `batch` was told to leave them
     targets: Tensor  # (B,), of the critic: the λ-returns
 
 
-def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig) -> Batch:
+def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig, normalize: bool = True) -> Batch:
     """values_TN: (T+1, N), the critic's of all the fragment's observations."""
     flags = fragment.terminated, fragment.truncated
     advantages = gae(fragment.rewards, values_TN, *flags, config.gamma, config.gae_lambda)
     targets = advantages + values_TN[:-1]
     valid = fragment.valid
     counted = advantages[valid]
-    counted = (counted - counted.mean()) / (counted.std() + 1e-8)
+    if normalize:
+        counted = (counted - counted.mean()) / (counted.std() + 1e-8)
     arrays = (fragment.observations[:-1][valid], fragment.actions[valid], fragment.log_probs[valid])
     return Batch(*(torch.from_numpy(array) for array in (*arrays, counted, targets[valid])))
 

@@ -46,7 +46,7 @@ class PPOConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"ent_coef"})
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef"}
 
 
 def train(config: PPOConfig, run: "Run") -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from launch.run import ActorGroup
 
 EVALUATION_ENVS = 64  # at most, in one vector environment
+NOISE_STEPS = 64  # for which an evaluation draws noise at once
 ATTEMPTS = 5  # at one call, each on a worker that was started anew
 
 
@@ -212,12 +213,16 @@ def play(
     done = np.zeros(env.num_envs, bool)
     with StepLimit(config.env, config.step_timeout_s) as limit:
         observations = env.reset(seed)
+        t = 0
         while left.any():
             outputs = policy(observations if normalizer is None else normalizer(observations))
             if greedy:
                 actions = policy.greedy(outputs)
             else:
-                actions = policy.act(outputs, policy.noise(rng, outputs.shape))
+                if t % NOISE_STEPS == 0:
+                    noise = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
+                actions = policy.act(outputs, noise[t % NOISE_STEPS])
+            t += 1
             length += ~done
             limit.begin()
             observations, rewards, terminated, truncated = env.step(to_env(actions))

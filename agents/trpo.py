@@ -59,7 +59,7 @@ class TRPOConfig(OnPolicyConfig):
     critic_epochs: int = 10
     critic_batch: int = 128
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"cg_damping"})
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"cg_damping"}
 
 
 def train(config: TRPOConfig, run: "Run") -> None:

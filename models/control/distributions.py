@@ -38,7 +38,7 @@ class Categorical:
 @dataclass(frozen=True)
 class DiagonalGaussian:
     mean: Tensor  # (..., A)
-    log_std: Tensor  # (A,)
+    log_std: Tensor  # (A,), or (..., A) where it depends on the observation
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """actions: (..., A), before they are clipped to the environment's bounds."""

@@ -4,7 +4,7 @@ A policy plays one step as `act(policy(x_ND), noise_N...)`. All noise of a fragm
 all log-probabilities are computed afterwards: per step remains what cannot be done at once.
 
 Shapes: N environments (leading dimensions are free where it says ...), D numbers an observation, K numbers that the
-network gives, A actions or numbers an action.
+network gives, A actions or numbers an action, H width of the last hidden layer, T steps.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 
 Activation = Literal["tanh", "relu"]
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # of the squashed Gaussian, before the tanh (Haarnoja et al., arXiv 1812.05905)
+VARIANCE_MIN = 1e-6  # of state-dependent noise, added to the variance
 LOG_SQRT_2PI = np.float32(0.5 * math.log(2 * math.pi))
 
 
@@ -35,17 +36,24 @@ class NumpyMLP:
             raise ValueError(f"{len(flat)} weights for layers of {list(sizes)}, which have {offset}")
 
     def __call__(self, x_ND: np.ndarray) -> np.ndarray:
-        last = len(self.layers) - 1
-        for i, (weight, bias) in enumerate(self.layers):
+        return self.last(self.features(x_ND))
+
+    def features(self, x_ND: np.ndarray) -> np.ndarray:
+        """(N, H): what the last layer gets."""
+        for weight, bias in self.layers[:-1]:
             x_ND = x_ND @ weight
             x_ND += bias
-            if i == last:
-                break
             if self.activation == "tanh":
                 np.tanh(x_ND, out=x_ND)
             else:
                 np.maximum(x_ND, 0, out=x_ND)
         return x_ND
+
+    def last(self, features_NH: np.ndarray) -> np.ndarray:
+        weight, bias = self.layers[-1]
+        outputs = features_NH @ weight
+        outputs += bias
+        return outputs
 
 
 class NumpyCategorical:
@@ -103,6 +111,44 @@ class NumpyGaussian:
         return -(0.5 * ((actions - mean) / self.std) ** 2 + self.log_std + LOG_SQRT_2PI).sum(-1)
 
 
+class NumpyStateDependentGaussian:
+    """`policies.StateDependentGaussianPolicy`: its K = A + H outputs are the means and the features h(s).
+
+    The flat vector begins with the log standard deviations (H, A). The noise of a step is a matrix E (H, A) for each
+    environment, the same for `hold` steps.
+    """
+
+    unit_actions: ClassVar[bool] = False
+
+    def __init__(self, sizes: Sequence[int], activation: Activation, hold: int, flat: np.ndarray) -> None:
+        width, self.size = sizes[-2:]
+        self.std_HA = np.exp(flat[: width * self.size]).reshape(width, self.size)
+        self.hold = hold
+        self.net = NumpyMLP(sizes, activation, flat[width * self.size :])
+
+    def __call__(self, x_ND: np.ndarray) -> np.ndarray:
+        features = self.net.features(x_ND)
+        return np.concatenate([self.net.last(features), features], -1)
+
+    def noise(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """shape: (T, N, K). Returns (T, N, H, A)."""
+        steps, environments, _ = shape
+        drawn = rng.standard_normal((-(-steps // self.hold), environments, *self.std_HA.shape), dtype=np.float32)
+        return np.repeat(drawn * self.std_HA, self.hold, axis=0)[:steps]
+
+    def act(self, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        features = outputs[..., self.size :]
+        return outputs[..., : self.size] + (features[..., None, :] @ noise)[..., 0, :]
+
+    def greedy(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs[..., : self.size]
+
+    def log_probs(self, outputs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        mean, features = outputs[..., : self.size], outputs[..., self.size :]
+        variance = features**2 @ self.std_HA**2 + np.float32(VARIANCE_MIN)
+        return -(0.5 * ((actions - mean) ** 2 / variance + np.log(variance)) + LOG_SQRT_2PI).sum(-1)
+
+
 class NumpyDeterministic:
     """tanh of K = A outputs, in [-1, 1], and noise of standard deviation `std` around it, clipped to [-1, 1]."""
 
@@ -155,4 +201,6 @@ class NumpySquashedGaussian:
         raise NotImplementedError("SAC learns from the actions alone")
 
 
-NumpyPolicy = NumpyCategorical | NumpyGaussian | NumpyDeterministic | NumpySquashedGaussian
+NumpyPolicy = (
+    NumpyCategorical | NumpyGaussian | NumpyStateDependentGaussian | NumpyDeterministic | NumpySquashedGaussian
+)

@@ -64,6 +64,20 @@ def test_gradients_are_those_of_the_objective(env: str) -> None:
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_more_steps_of_the_critic_leave_the_actor_s_step_as_it_is() -> None:
+    config = A2CConfig(env=f"{HERE}:Reaching")
+    once, often = A2C(config, seed=0), A2C(replace(config, critic_steps=20), seed=0)
+    rollout = RolloutConfig(config.env, 4, once.policy.numpy_policy, 0, config.gamma, 60)
+    segment = RolloutWorker(rollout).collect(once.snapshot(), config.n_steps, 0, True)
+    losses = [learner.update_on(segment)["train/value_loss"] for learner in (once, often)]
+    assert losses[0] == losses[1]  # of the critic that the advantages come from
+    np.testing.assert_array_equal(once.policy.flat_weights(), often.policy.flat_weights())
+    values = A2C(config, seed=0).critic(torch.from_numpy(segment.observations)).detach().numpy()
+    steps = batch(segment, values, config)
+    errors = [(learner.critic(steps.observations) - steps.targets).square().mean() for learner in (once, often)]
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_a_call_is_cut_into_segments() -> None:
     config = A2CConfig(n_steps=4, segments=3)
     learner = A2C(config, seed=0)

@@ -39,6 +39,16 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path, 
     assert metrics(tmp_path, "cut") == metrics(tmp_path, "whole")
 
 
+@pytest.mark.parametrize("job", ["a2c", "trpo"])
+def test_state_dependent_noise_resumes_exactly_too(tmp_path: Path, job: str) -> None:
+    config = short(job, env="Pendulum-v1", sde_steps=3, log_std_init=-2.0)
+    train(job, config, tmp_path, "whole")
+    train_until_killed(job, config, tmp_path, "cut", step=1300)
+    train(job, config, tmp_path, "cut", resume=True)
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+    assert final_state(tmp_path, "cut")["networks"]["policy"]["log_std"].shape == (64, 1)
+
+
 def test_two_workers_resume_exactly_too(tmp_path: Path) -> None:
     config = short("a2c", workers=2)
     train("a2c", config, tmp_path, "whole")
@@ -114,6 +124,8 @@ def test_a_batch_holds_the_valid_steps_with_normalised_advantages() -> None:
     assert len(steps.actions) == fragment.valid.sum()
     assert steps.advantages.mean().item() == pytest.approx(0, abs=1e-6)
     assert steps.advantages.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    raw = batch(fragment, values, learner.config, normalize=False)
+    torch.testing.assert_close(raw.advantages, raw.targets - torch.from_numpy(values[:-1][fragment.valid]))
     # Dummies do not reach into what is left: any reward there changes nothing.
     poisoned = replace(fragment, rewards=np.where(fragment.valid, fragment.rewards, 1e6).astype(np.float32))
     torch.testing.assert_close(batch(poisoned, values, learner.config).targets, steps.targets)

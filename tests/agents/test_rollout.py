@@ -11,7 +11,7 @@ from agents.moments import Moments, Normalizer
 from agents.rollout import ATTEMPTS, RolloutConfig, RolloutWorker, Snapshot, call_each, join
 from envs.control.spaces import DiscreteActions
 from envs.control.vector_env import control_spaces
-from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy
+from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
 from models.errors import UserError
 
 HERE = "tests.envs.control.environments"
@@ -180,6 +180,29 @@ def test_gaussian_actions_are_kept_unclipped_and_clipped_for_the_environment() -
     policy = actor.config.policy(snapshot.weights)
     log_probs = policy.log_probs(policy(fragment.observations[:-1]), fragment.actions)
     np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)
+
+
+def test_state_dependent_noise_is_drawn_in_each_call_and_held_within_it() -> None:
+    torch.manual_seed(0)
+    env = f"{HERE}:Reaching"
+    spaces = control_spaces(env)
+    policy = StateDependentGaussianPolicy(spaces.observation_size, 2, (8,), "tanh", log_std=0.0, hold=4)
+    config = RolloutConfig(env, 3, policy.numpy_policy, seed=0, gamma=0.9, step_timeout_s=60)
+    actor, snapshot = RolloutWorker(config), Snapshot(0, policy.flat_weights())
+    drawn = []
+    for round in (0, 1):
+        fragment = actor.collect(snapshot, 8, round, restart=round == 0)
+        observations = torch.from_numpy(fragment.observations[:-1])
+        pi = policy(observations)
+        expected = pi.log_prob(torch.from_numpy(fragment.actions)).detach()
+        np.testing.assert_allclose(fragment.log_probs, expected, atol=1e-5)
+        noise = fragment.actions - pi.mean.detach().numpy()  # the goal that is observed stays in an episode
+        np.testing.assert_allclose(noise[1:4], np.broadcast_to(noise[0], (3, 3, 2)), atol=1e-5)
+        assert (np.abs(noise[4] - noise[0]) > 1e-3).all()
+        drawn.append(noise[0])
+    assert (drawn[0] != drawn[1]).all()
+    returns, _ = actor.evaluate(snapshot, 5, seed=0, greedy=False)
+    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, 5, seed=0, greedy=False)[0])
 
 
 def test_observations_are_normalised_by_the_snapshot_and_counted_raw() -> None:

@@ -1,20 +1,25 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
 from models.control.networks import ValueFunction
 from models.control.numpy_policies import NumpyMLP
-from models.control.policies import CategoricalPolicy, GaussianPolicy
+from models.control.policies import CategoricalPolicy, GaussianPolicy, StateDependentGaussianPolicy
+
+state_dependent = partial(StateDependentGaussianPolicy, log_std=-1.0, hold=3)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("kind", [CategoricalPolicy, GaussianPolicy])
+@pytest.mark.parametrize("kind", [CategoricalPolicy, GaussianPolicy, state_dependent])
 def test_the_numpy_policy_is_the_torch_policy(kind, activation) -> None:
     torch.manual_seed(1)
     policy = kind(5, 3, (16, 8), activation)
     with torch.no_grad():
         policy.net[-1].weight.mul_(100)
-        if kind is GaussianPolicy:
+        if kind is not CategoricalPolicy:
             policy.log_std.normal_()
     twin = policy.numpy_policy(policy.flat_weights())
     observations = np.random.default_rng(0).normal(size=(4, 10, 5)).astype(np.float32)
@@ -48,6 +53,48 @@ def test_actions_are_drawn_with_the_probabilities_of_the_policy() -> None:
     actions = twin.act(np.full((100_000, 1), 5.0), twin.noise(rng, (100_000, 1)))
     assert actions.mean() == pytest.approx(5, abs=0.05)
     assert actions.std() == pytest.approx(np.e, abs=0.05)
+
+
+def test_state_dependent_noise_is_that_of_stable_baselines3() -> None:
+    """Log-probabilities, entropy and their gradients, which do not reach the features by way of the variance."""
+    torch.manual_seed(0)
+    policy = state_dependent(5, 2, (16, 8), "tanh")
+    torch.nn.init.normal_(policy.log_std)
+    theirs = StateDependentNoiseDistribution(2, full_std=True, learn_features=False)
+    theirs.proba_distribution_net(latent_dim=8)
+    observations, actions, weights = torch.randn(30, 5), torch.randn(30, 2), torch.randn(2, 30)
+    features = policy.net[:-1](observations)
+    theirs.proba_distribution(policy.net[-1](features), policy.log_std, features)
+    pi = policy(observations)
+    torch.testing.assert_close(pi.log_prob(actions), theirs.log_prob(actions))
+    torch.testing.assert_close(pi.entropy(), theirs.entropy())
+    gradients = [
+        torch.autograd.grad(
+            (weights * torch.stack([d.log_prob(actions), d.entropy()])).sum(), list(policy.parameters())
+        )
+        for d in (pi, theirs)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_state_dependent_noise_is_held_and_has_the_spread_of_the_distribution() -> None:
+    torch.manual_seed(0)
+    policy = state_dependent(5, 2, (16, 8), "tanh")
+    torch.nn.init.normal_(policy.log_std)
+    twin = policy.numpy_policy(policy.flat_weights())
+    observations = np.random.default_rng(0).normal(size=(1, 5)).astype(np.float32)
+    outputs = np.broadcast_to(twin(observations), (30_000, 4, 10))
+    noise = twin.noise(np.random.default_rng(0), outputs.shape)
+    assert noise.shape == (30_000, 4, 8, 2)
+    actions = twin.act(outputs, noise)
+    for step in (1, 2):
+        np.testing.assert_array_equal(actions[step::3], actions[::3])
+    assert (actions[3::3] != actions[:-3:3]).all()
+    assert len(set(actions[0, :, 0].tolist())) == 4  # each environment has noise of its own
+    pi = policy(torch.from_numpy(observations))
+    np.testing.assert_allclose(actions.mean((0, 1)), pi.mean[0].detach(), atol=0.05)
+    np.testing.assert_allclose(actions.std((0, 1)), pi.log_std[0].exp().detach(), rtol=0.02)
+    assert len(twin.noise(np.random.default_rng(0), (7, 4, 10))) == 7  # which 3 does not divide
 
 
 def test_the_first_policy_is_nearly_uniform_and_weights_are_orthogonal() -> None:
