@@ -24,7 +24,7 @@ def engines() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture
 def engine_of_its_own() -> Iterator[ProcessPoolExecutor]:
-    """The same for one engine, which on a GPU does not leave all of its memory behind."""
+    """The same for one test, if it leaves something behind: on a GPU a part of its memory, or a hook."""
     pytest.importorskip("vllm")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         yield pool
