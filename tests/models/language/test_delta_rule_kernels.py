@@ -1,5 +1,7 @@
 """The Triton kernels of the gated delta rule against the plain chunked form."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -21,8 +23,8 @@ def compare(length: int, features: int, channels: int, chunk: int) -> list[float
     beta = torch.rand(2, length, 2, generator=generator)
     state = torch.randn(2, 2, features, channels, generator=generator)
     return differences(
-        lambda *inputs: delta_rule_kernels.chunked(*inputs, chunk),
-        lambda *inputs: delta_rule.chunked_in_torch(*inputs, chunk),
+        partial(delta_rule_kernels.chunked, chunk=chunk),
+        partial(delta_rule.chunked_in_torch, chunk=chunk),
         [normalize(q, dim=-1), normalize(k, dim=-1), v, log_g, beta, state],
     )
 
