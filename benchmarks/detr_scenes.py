@@ -42,8 +42,8 @@ TOY = (
 
 @dataclasses.dataclass
 class Config:
-    steps: int = 7000
-    """The last one falls to a learning rate of 0: a run of other length is not a part of this one."""
+    steps: int | None = None
+    """None: the recipe's. The last one falls to a learning rate of 0: a shorter run is not a part of a longer one."""
     seed: int = 0
     peer: bool = False
     toy: bool = False
@@ -86,9 +86,9 @@ def run(config: Config, runs_dir: Path, name: str, peer: bool) -> dict[str, Any]
         "name": name,
         "seed": config.seed,
         "backend": config.backend,
-        "steps": config.steps,
-        "eval-every": config.steps // 2 + 1,
     }
+    if config.steps is not None:
+        flags |= {"steps": config.steps, "eval-every": config.steps // 2 + 1}
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     if config.toy:
         given += TOY.split()

@@ -23,8 +23,10 @@ import tyro
 from benchmarks.record import describe_machine, write_result
 from benchmarks.training_run import folder_or_archive, follow
 from envs.vision.shipped_weights import WEIGHTS
+from launch.config import read_recipe
 from models.diffusion.folder import load_folder, save_folder
 
+RECIPE = "diffusion-scenes-gpu"
 TOY = (
     "--data.scenes.size 32 --data.images 256 --data.heldout-images 16 --network.autoencoder-widths 16 16 16 16 "
     "--network.unet-widths 16 32 --network.unet-layers 1 --network.text-width 32 --network.text-layers 1 "
@@ -35,9 +37,10 @@ TOY = (
 
 @dataclasses.dataclass
 class Config:
-    autoencoder_steps: int = 3000
-    steps: int = 14_000
-    """Of the denoiser."""
+    autoencoder_steps: int | None = None
+    """None: the recipe's."""
+    steps: int | None = None
+    """Of the denoiser. None: the recipe's."""
     seed: int = 0
     toy: bool = False
     cuda_graphs: bool = False
@@ -72,25 +75,33 @@ def keep(config: Config, runs_dir: Path, ours: dict[str, Any]) -> None:
             figures = {"command": ["python", "-m", "benchmarks.diffusion_scenes", *sys.argv[1:]], **ours}
             (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     if config.grid:
-        shutil.copy(runs_dir / "run" / "images" / f"{config.autoencoder_steps + config.steps}-samples.png", config.grid)
+        shutil.copy(runs_dir / "run" / "images" / f"{sum(steps_of(config))}-samples.png", config.grid)
+
+
+def steps_of(config: Config) -> tuple[int, int]:
+    """Of the autoencoder and of the denoiser."""
+    recipe = read_recipe(RECIPE, "diffusion")["learning"]
+    autoencoder = recipe["autoencoder_steps"] if config.autoencoder_steps is None else config.autoencoder_steps
+    return autoencoder, recipe["steps"] if config.steps is None else config.steps
 
 
 def train(config: Config, runs_dir: Path) -> dict[str, Any]:
     """In a process of its own. Rendering, compiling and drawing samples are in `seconds` too."""
     begin = time.perf_counter()
+    autoencoder_steps, steps = steps_of(config)
     command = [
-        sys.executable, "-m", "launch", "train", "diffusion", "--recipe", "diffusion-scenes-gpu",
+        sys.executable, "-m", "launch", "train", "diffusion", "--recipe", RECIPE,
         "--runs-dir", str(runs_dir), "--name", "run", "--seed", str(config.seed), "--backend", config.backend,
         *(TOY.split() if config.toy else []), *(["--learning.cuda-graphs"] if config.cuda_graphs else []),
-        "--learning.autoencoder-steps", str(config.autoencoder_steps), "--learning.steps", str(config.steps),
-        "--eval-every", str(config.autoencoder_steps + config.steps),
+        "--learning.autoencoder-steps", str(autoencoder_steps), "--learning.steps", str(steps),
+        "--eval-every", str(autoencoder_steps + steps),
     ]  # fmt: skip
     entries, summary = follow(command, runs_dir, "run")
     sizes = json.loads((runs_dir / "run" / "model" / "final" / "unet" / "config.json").read_text())
     return {
         "seconds": round(time.perf_counter() - begin, 1),
-        "autoencoder_steps": config.autoencoder_steps,
-        "steps": config.steps,
+        "autoencoder_steps": autoencoder_steps,
+        "steps": steps,
         "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
         "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
         "unet_widths": sizes["block_out_channels"],

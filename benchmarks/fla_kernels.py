@@ -5,7 +5,8 @@
 Each of its kernels is compiled and timed in up to 48 configurations at its first call (for each set of head count,
 widths, dtypes and gates; the length is not among the keys), one after another: a minute and a half for an operator.
 Most of that is the compiler. So processes that share Triton's cache on disk compile a part of the configurations each,
-and whoever times them afterwards finds them there.
+and whoever times them afterwards finds them there. Triton is imported where it is needed: plain torch for the CPU comes
+without it.
 """
 
 import functools
@@ -15,14 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 import tyro
 from torch import Tensor
 from torch.nn.functional import normalize
-from triton.runtime.autotuner import Autotuner
+
+if TYPE_CHECKING:
+    from triton.runtime.autotuner import Autotuner
 
 LIMIT_S = 150.0  # for all parts; what is not compiled by then is compiled when it is timed
 
@@ -59,12 +61,15 @@ def operator_inputs(name: str, length: int, heads: int, head_dim: int, device: s
     return [q, k, v, *[log_g, beta][:gates]]
 
 
-def tuners() -> Iterator[tuple[str, Autotuner]]:
+def tuners() -> Iterator[tuple[str, "Autotuner"]]:
     """Each kernel of the package that is tuned, with its name."""
+    from triton.runtime import KernelInterface
+    from triton.runtime.autotuner import Autotuner
+
     seen = set()
     for module in [module for name, module in sys.modules.items() if name.startswith("fla.")]:
         for value in list(vars(module).values()):
-            while isinstance(value, triton.runtime.KernelInterface):
+            while isinstance(value, KernelInterface):
                 if isinstance(value, Autotuner) and id(value) not in seen:
                     seen.add(id(value))
                     yield value.base_fn.__name__, value
@@ -73,8 +78,10 @@ def tuners() -> Iterator[tuple[str, Autotuner]]:
 
 def tune_quickly() -> None:
     """Time each configuration for 25 ms in the place of 125."""
+    from triton.testing import do_bench
+
     for _, tuner in tuners():
-        tuner.do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
+        tuner.do_bench = functools.partial(do_bench, warmup=5, rep=20)
 
 
 def compile_in_parallel(heads: int, head_dim: int, processes: int) -> None:

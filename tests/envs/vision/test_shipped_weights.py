@@ -45,8 +45,8 @@ def test_the_recipes_make_models_of_at_most_ten_megabytes() -> None:
 @pytest.mark.parametrize("kind", ["detr", "diffusion"])
 def test_what_is_there_fits(kind: shipped_weights.Kind) -> None:
     folder = shipped_weights.WEIGHTS / f"{kind}-scenes"
-    if not folder.exists():
-        pytest.skip(f"no {kind} model comes along yet")
+    if kind == "diffusion" and not folder.exists():
+        pytest.skip("no diffusion model comes along yet")
     assert scenes_model(kind, None, "--flag") == folder
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= LARGEST
     assert (folder / "figures.json").is_file()

@@ -1,20 +1,17 @@
-"""The Triton kernels in Triton's interpreter, so that they are checked without a GPU: same outputs and gradients as the
-plain chunked form. The interpreter is chosen when triton is imported, so it gets a process of its own."""
-
-import os
-import subprocess
-import sys
+"""The Triton kernels of linear attention against the plain chunked form."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.language import linear_attention
+from tests.models.language.kernels import Operator, check_in_the_interpreter, differences
 
 # length, F, C, with decay, chunk: one chunk, several, a partial last one; v read in one block of channels and in two
 CASES = [(16, 16, 16, True, 16), (70, 16, 32, True, 16), (70, 16, 16, False, 16), (70, 32, 128, True, 64)]
 
 
-def differences(length: int, features: int, channels: int, with_decay: bool, chunk: int) -> list[float]:
+def compare(length: int, features: int, channels: int, with_decay: bool, chunk: int) -> list[float]:
     """Of the output, the last state, and the gradients of q, k, v, the first state and log_g."""
     from models.language import linear_attention_kernels
 
@@ -24,35 +21,22 @@ def differences(length: int, features: int, channels: int, with_decay: bool, chu
     inputs = [q / features**0.5, k / features**0.5, v, state]
     if with_decay:
         inputs.append(-3 * torch.rand(2, length, 2, generator=generator) ** 4)
-    results = []
-    for chunked in (linear_attention_kernels.chunked, linear_attention.chunked):
-        q, k, v, state, *decay = leaves = [x.clone().requires_grad_() for x in inputs]
-        outputs = chunked(q, k, v, decay[0] if decay else None, state, chunk)
-        generator = torch.Generator().manual_seed(1)
-        total = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
-        results.append([*outputs, *torch.autograd.grad(total, leaves)])
-    return [(ours - plain).abs().max().item() for ours, plain in zip(*results, strict=True)]
+
+    def reordered(chunked: Operator) -> Operator:
+        def call(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_g: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return chunked(q, k, v, log_g, state, chunk)
+
+        return call
+
+    return differences(reordered(linear_attention_kernels.chunked), reordered(linear_attention.chunked), inputs)
 
 
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.language.test_linear_attention_kernels"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(CASES)
-    for case, line in zip(CASES, lines, strict=True):
-        output, last, *gradients = map(float, line.split())
-        assert len(gradients) == (5 if case[3] else 4)
-        assert max(output, last) <= 1e-5
-        assert max(gradients) <= 1e-4
+    gradients = [5 if with_decay else 4 for _, _, _, with_decay, _ in CASES]
+    check_in_the_interpreter("tests.models.language.test_linear_attention_kernels", gradients)
 
 
 if __name__ == "__main__":
     for case in CASES:
-        print(*differences(*case))
+        print(*compare(*case))
