@@ -3,7 +3,7 @@
 python -m benchmarks.attention_scaling                                        # GPU, bfloat16, 1k to 64k tokens
 python -m benchmarks.attention_scaling --device cpu --lengths 256 512 --hidden-size 64 --heads 2 --head-dim 32
 python -m benchmarks.attention_scaling --operators-only --fla-processes 14    # the operators, beside fla's kernels
-python -m benchmarks.attention_scaling --plot-only                            # the newest entry of the JSON file as PNG
+python -m benchmarks.attention_scaling --plot-only                            # the newest entry with layers as PNG
 
 A layer is the whole mixer with its projections (gated_attention_unit: with its MLP, which is the same thing). The
 peer is full_attention, which is FlashAttention on a GPU. Operators alone are timed beside flash-linear-attention's
@@ -82,9 +82,9 @@ def main(config: Config) -> None:
         if not config.operators_only:
             layers(figures)
         operators(figures)
-    entry = json.loads(config.output.read_text())[-1]
-    if entry["ours"]["training_ms"]:
-        plot(entry, config.plot)
+    if config.plot_only or not config.operators_only:
+        entries = json.loads(config.output.read_text())
+        plot([entry for entry in entries if entry["ours"]["training_ms"]][-1], config.plot)
 
 
 def layers(figures: Figures) -> None:
