@@ -10,8 +10,8 @@ chunk to the first with ∂S, and leaves to plain products what it need not do i
     ∂R_n = ∂R_n + K_end ∂S_{n+1}                 ∂K_end = R_n ∂S_{n+1}ᵀ        ∂U = ∂R        ∂W = −∂R S_nᵀ
     ∂S_n = ∂S_n + exp(d_end) ∂S_{n+1} − W_nᵀ ∂R_n
 
-Shapes: W, K_end [B, H, N, chunk, F], U, R [B, H, N, chunk, C] in the dtype of v; states [B, H, N, F, C] and log_kept =
-d_end [B, H, N] float32.
+Shapes: W, K_end [B, H, N, chunk, F], U, R [B, H, N, chunk, C] and the states before each chunk [B, H, N, F, C] in the
+dtype of v, though the scan sums in float32; log_kept = d_end [B, H, N] float32.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -88,7 +88,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any, w: Tensor, u: Tensor, k_end: Tensor, log_kept: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, heads, chunks = w.shape[:3]
-        before = torch.empty(batch, heads, chunks, *state.shape[2:], device=w.device)
+        before = torch.empty(batch, heads, chunks, *state.shape[2:], dtype=u.dtype, device=u.device)
         written, last = torch.empty_like(u), torch.empty_like(state)
         sizes = _sizes(w, u)
         grid = (batch * heads, u.shape[-1] // sizes["BC"])
@@ -107,8 +107,7 @@ class _Scan(torch.autograd.Function):
         d_state = torch.empty_like(d_last, memory_format=torch.contiguous_format)
         arguments = (w, k_end, log_kept, before, d_before.contiguous(), d_written.contiguous(), d_last.contiguous())
         _scan_backward[(batch * heads, blocks)](*arguments, d_after, d_u, d_kept, d_state, chunks, **sizes)
-        d_k_end = written @ d_after.to(written.dtype).mT
-        return -(d_u @ before.to(d_u.dtype).mT), d_u, d_k_end, d_kept.sum(-1), d_state
+        return -(d_u @ before.mT), d_u, written @ d_after.mT, d_kept.sum(-1), d_state
 
 
 def _sizes(w: Tensor, u: Tensor) -> dict[str, int]:
@@ -130,11 +129,11 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """As delta_rule.chunked; q and k are brought to the dtype of v."""
     q, k = q.to(v.dtype), k.to(v.dtype)
-    decay = linear_attention_kernels.chunk_decay(q, log_g, chunk)
+    decay = linear_attention_kernels.chunk_decay(log_g, chunk)
     systems = triangular_systems(k, v, decay, decay_between(decay), beta)
     w, u, k_end = (x.to(v.dtype).contiguous() for x in systems)
     if state is None:
         state = torch.zeros(*k.shape[:1], *k.shape[2:], v.shape[-1], device=k.device)
     before, written, last = _Scan.apply(w, u, k_end, decay[..., -1].contiguous(), state.float().contiguous())
     values = written.flatten(2, 3)[:, :, : q.shape[1]].transpose(1, 2)
-    return linear_attention_kernels.read(q, k, values, decay, before), last
+    return linear_attention_kernels.read(q, k, values, decay, before, chunk), last

@@ -5,11 +5,13 @@
     read    what each token reads                        o_i = Σ_{j≤i} (q_i·k_j) exp(d_i − d_j) v_j + exp(d_i) S_nᵀ q_i
 
 d is the log-decay summed from the chunk's start. What plain torch writes to memory between its products (scores and
-decays, [chunk, chunk] for each chunk and head) stays on the chip here. Products take the dtype of v and sum in float32;
-decays and states are float32. Backward passes are written out; each reads its inputs again and recomputes the scores.
+decays, [chunk, chunk] for each chunk and head) stays on the chip here. Products take the dtype of v and sum in float32,
+and so does the scan; the states before each chunk and their gradients are kept in the dtype of v, since they are most
+of what a long sequence moves. Backward passes are written out; each reads its inputs again and recomputes the scores.
+Without decay `decay` is None, and the kernels are compiled without it.
 
-Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay [B, H, N, chunk] and states
-[B, H, N, F, C], float32.
+Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay float32 [B, H, N, chunk], states
+[B, H, N, F, C].
 """
 
 # mypy: disallow-untyped-defs=False
@@ -45,9 +47,11 @@ def _write_forward(k, v, decay, written, L, H, N, F: tl.constexpr, C: tl.constex
     k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
     v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
     v_tile = tl.load(v_at, mask=exists, other=0.0)
-    d = tl.load(decay + chunk * BT + tl.arange(0, BT))
-    end = tl.load(decay + chunk * BT + BT - 1)
-    k_end = (tl.load(k_at, mask=exists, other=0.0) * tl.exp(end - d)[:, None]).to(v_tile.dtype)
+    k_end = tl.load(k_at, mask=exists, other=0.0)
+    if decay is not None:
+        d = tl.load(decay + chunk * BT + tl.arange(0, BT))
+        end = tl.load(decay + chunk * BT + BT - 1)
+        k_end = (k_end * tl.exp(end - d)[:, None]).to(v_tile.dtype)
     tl.store(_state(written, chunk, offset, F, C, BC), tl.dot(tl.trans(k_end), v_tile, input_precision="ieee"))
 
 
@@ -61,10 +65,12 @@ def _write_backward(
     t, i = n * BT + tl.arange(0, BT), tl.arange(0, BT)
     k_at, exists = _tile(k, bh // H, bh % H, t, L, H, 0, F, F)
     k_tile = tl.load(k_at, mask=exists, other=0.0)
-    d = tl.load(decay + chunk * BT + i)
-    end = tl.load(decay + chunk * BT + BT - 1)
-    fade = tl.exp(end - d)[:, None]
-    k_end = (k_tile * fade).to(k_tile.dtype)
+    k_end = k_tile
+    if decay is not None:
+        d = tl.load(decay + chunk * BT + i)
+        end = tl.load(decay + chunk * BT + BT - 1)
+        fade = tl.exp(end - d)[:, None]
+        k_end = (k_tile * fade).to(k_tile.dtype)
     dk = tl.zeros([BT, F], dtype=tl.float32)
     for offset in range(0, C, BC):
         v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
@@ -74,11 +80,12 @@ def _write_backward(
         dv = tl.dot(k_end, dw, input_precision="ieee")
         dv_at, _ = _tile(d_v, bh // H, bh % H, t, L, H, offset, C, BC)
         tl.store(dv_at, dv.to(v_tile.dtype), mask=exists)
-    dk = dk * fade
+    if decay is not None:
+        dk = dk * fade
+        shrink = tl.sum(dk * k_tile, 1)
+        tl.store(d_decay + chunk * BT + i, tl.where(i == BT - 1, tl.sum(shrink, 0), 0.0) - shrink)
     dk_at, _ = _tile(d_k, bh // H, bh % H, t, L, H, 0, F, F)
     tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
-    shrink = tl.sum(dk * k_tile, 1)
-    tl.store(d_decay + chunk * BT + i, tl.where(i == BT - 1, tl.sum(shrink, 0), 0.0) - shrink)
 
 
 @triton.jit
@@ -93,12 +100,16 @@ def _read_forward(
     v_at, _ = _tile(v, bh // H, bh % H, t, L, H, offset, C, BC)
     q_tile, k_tile = tl.load(q_at, mask=exists, other=0.0), tl.load(k_at, mask=exists, other=0.0)
     v_tile = tl.load(v_at, mask=exists, other=0.0)
-    d = tl.load(decay + chunk * BT + i)
     past = i[:, None] >= i[None, :]
-    between = tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * between
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     state = tl.load(_state(before, chunk, offset, F, C, BC)).to(v_tile.dtype)
-    far = tl.dot(q_tile, state, input_precision="ieee") * tl.exp(d)[:, None]
+    far = tl.dot(q_tile, state, input_precision="ieee")
+    if decay is None:
+        scores = tl.where(past, scores, 0.0)
+    else:
+        d = tl.load(decay + chunk * BT + i)
+        scores *= tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
+        far *= tl.exp(d)[:, None]
     out = far + tl.dot(scores.to(v_tile.dtype), v_tile, input_precision="ieee")
     o_at, _ = _tile(o, bh // H, bh % H, t, L, H, offset, C, BC)
     tl.store(o_at, out.to(v_tile.dtype), mask=exists)
@@ -115,12 +126,17 @@ def _read_backward(
     q_at, exists = _tile(q, b, h, t, L, H, 0, F, F)
     k_at, _ = _tile(k, b, h, t, L, H, 0, F, F)
     q_tile, k_tile = tl.load(q_at, mask=exists, other=0.0), tl.load(k_at, mask=exists, other=0.0)
-    d = tl.load(decay + chunk * BT + i)
     past = i[:, None] >= i[None, :]
-    between = tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
-    fade = tl.exp(d)[:, None]
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * between
-    q_fade = (q_tile * fade).to(q_tile.dtype)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    q_fade = q_tile
+    if decay is None:
+        scores = tl.where(past, scores, 0.0)
+    else:
+        d = tl.load(decay + chunk * BT + i)
+        between = tl.exp(tl.where(past, d[:, None] - d[None, :], float("-inf")))
+        fade = tl.exp(d)[:, None]
+        scores *= between
+        q_fade = (q_tile * fade).to(q_tile.dtype)
     d_scores = tl.zeros([BT, BT], dtype=tl.float32)
     dq_far = tl.zeros([BT, F], dtype=tl.float32)
     for offset in range(0, C, BC):
@@ -135,16 +151,20 @@ def _read_backward(
         tl.store(dv_at, dv.to(v_tile.dtype), mask=exists)
         ds = tl.dot(tl.trans(q_fade), do, input_precision="ieee")
         tl.store(_state(d_before, chunk, offset, F, C, BC), ds)
-    dq_far = dq_far * fade
-    change = d_scores * scores  # of the exponents d_i − d_j
-    d_scores = (d_scores * between).to(k_tile.dtype)
+    if decay is None:
+        d_scores = tl.where(past, d_scores, 0.0)
+    else:
+        dq_far *= fade
+        change = d_scores * scores  # of the exponents d_i − d_j
+        tl.store(d_decay + chunk * BT + i, tl.sum(change, 1) - tl.sum(change, 0) + tl.sum(dq_far * q_tile, 1))
+        d_scores *= between
+    d_scores = d_scores.to(k_tile.dtype)
     dq = dq_far + tl.dot(d_scores, k_tile, input_precision="ieee")
     dk = tl.dot(tl.trans(d_scores), q_tile, input_precision="ieee")
     dq_at, _ = _tile(d_q, b, h, t, L, H, 0, F, F)
     dk_at, _ = _tile(d_k, b, h, t, L, H, 0, F, F)
     tl.store(dq_at, dq.to(q_tile.dtype), mask=exists)
     tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
-    tl.store(d_decay + chunk * BT + i, tl.sum(change, 1) - tl.sum(change, 0) + tl.sum(dq_far * q_tile, 1))
 
 
 @triton.jit
@@ -154,8 +174,9 @@ def _scan_forward(log_kept, written, state, before, last, N, SIZE: tl.constexpr,
     s = tl.load(state + bh * SIZE + at, mask=at < SIZE, other=0.0)
     for n in range(N):
         tl.store(before + (bh * N + n) * SIZE + at, s, mask=at < SIZE)
-        kept = tl.exp(tl.load(log_kept + bh * N + n))
-        s = kept * s + tl.load(written + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+        if log_kept is not None:
+            s *= tl.exp(tl.load(log_kept + bh * N + n))
+        s += tl.load(written + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
     tl.store(last + bh * SIZE + at, s, mask=at < SIZE)
 
 
@@ -169,97 +190,102 @@ def _scan_backward(
     for m in range(N):
         n = N - 1 - m
         tl.store(d_written + (bh * N + n) * SIZE + at, ds, mask=at < SIZE)
-        kept = tl.exp(tl.load(log_kept + bh * N + n))
-        s = tl.load(before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
-        tl.store(d_kept + (bh * N + n) * tl.num_programs(1) + block, kept * tl.sum(ds * s, 0))
-        ds = kept * ds + tl.load(d_before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+        if log_kept is not None:
+            ds *= tl.exp(tl.load(log_kept + bh * N + n))
+            s = tl.load(before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
+            tl.store(d_kept + (bh * N + n) * tl.num_programs(1) + block, tl.sum(ds * s, 0))
+        ds += tl.load(d_before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
     tl.store(d_state + bh * SIZE + at, ds, mask=at < SIZE)
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -> Tensor:
         ctx.save_for_backward(k, v, decay)
-        batch, heads, chunks, _ = decay.shape
-        written = torch.empty(*decay.shape[:3], k.shape[-1], v.shape[-1], device=k.device)
-        sizes = _sizes(k, v, decay)
+        ctx.chunk = chunk
+        batch, length, heads, features = k.shape
+        chunks = triton.cdiv(length, chunk)
+        written = torch.empty(batch, heads, chunks, features, v.shape[-1], dtype=v.dtype, device=v.device)
+        sizes = _sizes(k, v, chunk)
         grid = (batch * heads, chunks, v.shape[-1] // sizes["BC"])
-        _write_forward[grid](k, v, decay, written, k.shape[1], heads, chunks, **sizes)
+        _write_forward[grid](k, v, decay, written, length, heads, chunks, **sizes)
         return written
 
     @staticmethod
-    def backward(ctx: Any, d_written: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, d_written: Tensor) -> tuple[Tensor | None, ...]:
         k, v, decay = ctx.saved_tensors
-        batch, heads, chunks, _ = decay.shape
-        grads = [torch.empty_like(x) for x in (k, v, decay)]
+        batch, heads, chunks = d_written.shape[:3]
+        grads = [None if x is None else torch.empty_like(x) for x in (k, v, decay)]
         arguments = (k, v, decay, d_written.contiguous(), *grads, k.shape[1], heads, chunks)
-        _write_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, decay, backward=True))
-        return tuple(grads)
+        _write_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, ctx.chunk, backward=True))
+        return *grads, None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, before: Tensor, chunk: int) -> Tensor:
         ctx.save_for_backward(q, k, v, decay, before)
-        batch, heads, chunks, _ = decay.shape
-        o, sizes = torch.empty_like(v), _sizes(k, v, decay)
+        ctx.chunk = chunk
+        batch, heads, chunks = before.shape[:3]
+        o, sizes = torch.empty_like(v), _sizes(k, v, chunk)
         grid = (batch * heads, chunks, v.shape[-1] // sizes["BC"])
         _read_forward[grid](q, k, v, decay, before, o, k.shape[1], heads, chunks, **sizes)
         return o
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, before = ctx.saved_tensors
-        batch, heads, chunks, _ = decay.shape
-        grads = [torch.empty_like(x) for x in (q, k, v, decay, before)]
+        batch, heads, chunks = before.shape[:3]
+        grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, decay, before)]
         arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
-        _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, decay, backward=True))
-        return tuple(grads)
+        _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, ctx.chunk, backward=True))
+        return *grads, None
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_kept: Tensor, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log_kept: Tensor | None, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, chunks, *size = written.shape
         before, last = torch.empty_like(written), torch.empty_like(state)
         size_FC = size[0] * size[1]
         grid = (batch * heads, triton.cdiv(size_FC, SCAN["BLOCK"]))
         _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, **SCAN)
-        ctx.save_for_backward(log_kept, before)
+        ctx.save_for_backward(log_kept, None if log_kept is None else before)
         return before, last
 
     @staticmethod
-    def backward(ctx: Any, d_before: Tensor, d_last: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, d_before: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         log_kept, before = ctx.saved_tensors
-        batch, heads, chunks, *size = before.shape
+        batch, heads, chunks, *size = d_before.shape
         size_FC = size[0] * size[1]
         blocks = triton.cdiv(size_FC, SCAN["BLOCK"])
-        d_kept = torch.empty(*log_kept.shape, blocks, device=before.device)
-        d_written, d_state = torch.empty_like(before), torch.empty_like(d_last, memory_format=torch.contiguous_format)
-        arguments = (log_kept, before, d_before.contiguous(), d_last.contiguous(), d_kept, d_written, d_state, chunks)
+        d_kept = None if log_kept is None else torch.empty(*log_kept.shape, blocks, device=log_kept.device)
+        d_before, d_last = d_before.contiguous(), d_last.contiguous()
+        d_written, d_state = torch.empty_like(d_before), torch.empty_like(d_last)
+        arguments = (log_kept, before, d_before, d_last, d_kept, d_written, d_state, chunks)
         _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, **SCAN)
-        return d_kept.sum(-1), d_written, d_state
+        return None if d_kept is None else d_kept.sum(-1), d_written, d_state
 
 
-def _sizes(k: Tensor, v: Tensor, decay: Tensor, backward: bool = False) -> dict[str, int]:
+def _sizes(k: Tensor, v: Tensor, chunk: int, backward: bool = False) -> dict[str, int]:
     """Channels of v at once, and warps: such that the tiles of one program fit its registers."""
     features, channels, wide = k.shape[-1], v.shape[-1], k.shape[-1] > 64
     block = min(channels, 32 if wide and backward else 64)
-    return {"F": features, "C": channels, "BC": block, "BT": decay.shape[-1], "num_warps": 8 if wide or backward else 4}
+    return {"F": features, "C": channels, "BC": block, "BT": chunk, "num_warps": 8 if wide or backward else 4}
 
 
-def write(k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-    return _Write.apply(k.contiguous(), v.contiguous(), decay)
+def write(k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -> Tensor:
+    return _Write.apply(k.contiguous(), v.contiguous(), decay, chunk)
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor) -> Tensor:
-    return _Read.apply(q.contiguous(), k.contiguous(), v.contiguous(), decay, before.contiguous())
+def read(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, before: Tensor, chunk: int) -> Tensor:
+    return _Read.apply(q.contiguous(), k.contiguous(), v.contiguous(), decay, before.contiguous(), chunk)
 
 
-def scan(log_kept: Tensor, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def scan(log_kept: Tensor | None, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     if state is None:
-        state = torch.zeros_like(written[:, :, 0])
-    return _Scan.apply(log_kept.contiguous(), written, state.float().contiguous())
+        state = torch.zeros_like(written[:, :, 0], dtype=torch.float32)
+    return _Scan.apply(log_kept, written, state.float().contiguous())
 
 
 def chunked(
@@ -267,16 +293,15 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """As linear_attention.chunked; q and k are brought to the dtype of v."""
     q, k = q.to(v.dtype), k.to(v.dtype)
-    decay = chunk_decay(q, log_g, chunk)
-    before, last = scan(decay[..., -1], write(k, v, decay), state)
-    return read(q, k, v, decay, before), last
+    decay = None if log_g is None else chunk_decay(log_g, chunk)
+    log_kept = None if decay is None else decay[..., -1].contiguous()
+    before, last = scan(log_kept, write(k, v, decay, chunk), state)
+    return read(q, k, v, decay, before, chunk), last
 
 
-def chunk_decay(q: Tensor, log_g: Tensor | None, chunk: int) -> Tensor:
+def chunk_decay(log_g: Tensor, chunk: int) -> Tensor:
     """Log-decays summed from each chunk's start, float32 [B, H, N, chunk]."""
-    batch, length, heads, _ = q.shape
+    length = log_g.shape[1]
     chunks = triton.cdiv(length, chunk)
-    if log_g is None:
-        return torch.zeros(batch, heads, chunks, chunk, device=q.device)
     padded = torch.nn.functional.pad(log_g.float(), (0, 0, 0, chunks * chunk - length))
     return padded.mT.unflatten(2, (chunks, chunk)).cumsum(3).contiguous()
