@@ -10,10 +10,14 @@ def register() -> None:
     does nothing."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
 
     from llm_rl.vllm_engine.config import LongstrideConfig
+    from llm_rl.vllm_engine.experts import serve_float32_beside_amx
 
     AutoConfig.register(LongstrideConfig.model_type, LongstrideConfig, exist_ok=True)
+    if current_platform.is_cpu():
+        serve_float32_beside_amx()
     known = ModelRegistry.get_supported_archs()
     for model_type in SERVED_HERE:
         if FAMILIES[model_type].architecture not in known:

@@ -30,7 +30,7 @@ KINDS = {
     "sparse": replace(SPARSE, head_dim=32, initializer_range=0.12),
 }
 PROMPTS = [[(7 * i + j) % 97 for j in range(100)] for i in range(11)]
-LONG = SamplingConfig(temperature=0.8, max_tokens=60)
+LONG = SamplingConfig(temperature=0.8, max_tokens=100)  # past one more page of memory, of whatever size
 MIXED = SamplingConfig(temperature=0.8, max_tokens=40, stop_token_ids=(3, 4, 5))
 
 
