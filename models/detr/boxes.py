@@ -21,7 +21,7 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def area(boxes: Tensor) -> Tensor:
     """xyxy (..., 4) → (...)."""
-    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    return _product(boxes[..., 2:] - boxes[..., :2])
 
 
 def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,9 +31,14 @@ def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     area have IoU 0 and, if they are not at one place, GIoU towards -1.
     """
     size_of_intersection = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    intersection = size_of_intersection.clamp(min=0).prod(-1)
+    intersection = _product(size_of_intersection.clamp(min=0))
     union = area(a) + area(b) - intersection
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    hull = _product(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     tiny = torch.finfo(a.dtype).tiny
     iou = intersection / union.clamp(min=tiny)
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
+
+
+def _product(size: Tensor) -> Tensor:
+    """Width times height; the backward pass of `prod` would make the host wait for the GPU, to look for zeros."""
+    return size[..., 0] * size[..., 1]
