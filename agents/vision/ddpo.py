@@ -56,6 +56,9 @@ class DDPOConfig:
     """Images of an iteration."""
     batch_size: int = 16
     """Images in one pass of the network, in sampling and in training."""
+    steps_at_once: int = 1
+    """Denoising steps of those images in one pass of training. More is sooner where one step leaves the GPU idle, and
+    takes more memory; the update is the same."""
     updates: int = 2
     """Steps of the optimizer in an iteration (1 with sf), each on its own share of the images."""
     steps: int = 20

@@ -1,6 +1,7 @@
 """The policy of DDPO: a diffusion model that keeps its steps when it samples, and learns from them.
 
-Shapes: S denoising steps, B images in a batch, N in a rollout, Z latent channels, h × w latent pixels, M tokens of E.
+Shapes: S denoising steps, G of them in one pass, B images in a batch, N in a rollout, Z latent channels, h × w latent
+pixels, M tokens of E.
 """
 
 import math
@@ -72,6 +73,7 @@ class DDPOLearner:
             self.trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scheduler = DDIM(self.model.scheduler.with_name("ddim"), config.steps, eta=1.0)
+        self.times_S = torch.tensor(self.scheduler.timesteps, dtype=torch.float32, device=self.device)
         self.empty_ME = self.model.encode_prompts([""])[0]
         self.statistics = PromptStatistics(config.statistics_buffer, config.statistics_min_count)
         self.iteration = 0
@@ -88,7 +90,7 @@ class DDPOLearner:
         x_BZhw, *noises = draw_noise((1 + len(self.scheduler.timesteps), *shape), generator, self.device)
         latents, log_probs = [x_BZhw], []
         for i in range(len(self.scheduler.timesteps)):
-            mean_BZhw, std = self._step(x_BZhw, i, contexts_BME)
+            ((mean_BZhw, std),) = self._step(x_BZhw[None], range(i, i + 1), contexts_BME)
             x_BZhw = mean_BZhw + std * noises[i] if std else mean_BZhw
             latents.append(x_BZhw)
             log_probs.append(gaussian_log_prob(x_BZhw, mean_BZhw, std) if std else torch.zeros_like(x_BZhw[:, 0, 0, 0]))
@@ -107,15 +109,17 @@ class DDPOLearner:
         advantages_N = torch.as_tensor(advantages, dtype=torch.float32, device=self.device)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "update", self.iteration))
         order_N = torch.randperm(len(advantages_N), generator=generator).to(self.device)
+        steps = self._stochastic_steps()
         sums: dict[str, Tensor] = {}
         for share in order_N.chunk(config.updates):
-            batches = share.split(config.batch_size)
-            for picked_B in batches:
-                for i in self._stochastic_steps():
-                    loss, figures = self._loss(rollout, picked_B, i, advantages_N[picked_B])
-                    (loss / (len(batches) * len(self._stochastic_steps()))).backward()
+            for picked_B in share.split(config.batch_size):
+                for at in range(0, len(steps), config.steps_at_once):
+                    together = steps[at : at + config.steps_at_once]
+                    loss, figures = self._loss(rollout, picked_B, together, advantages_N[picked_B])
+                    weight = len(together) * len(picked_B) / (len(steps) * len(share))
+                    (loss * weight).backward()
                     for name, value in figures.items():
-                        sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+                        sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value * weight
             grad_norm = float(clip_grad_norm_(self.trained.values(), config.max_grad_norm))
             if not math.isfinite(grad_norm):
                 raise UserError(
@@ -125,38 +129,51 @@ class DDPOLearner:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.iteration += 1
-        passes = len(order_N) // config.batch_size * len(self._stochastic_steps())
-        means = {name: float(value) / passes for name, value in sums.items()}
+        means = {name: float(value) / config.updates for name, value in sums.items()}
         return means | {"train/grad_norm": grad_norm}  # of the last update
 
-    def log_probs(self, rollout: Rollout, picked_B: Tensor, i: int) -> Tensor:
-        """Of step i of the picked images, (B,), under the policy as it is now."""
-        mean_BZhw, std = self._step(rollout.latents_NSZhw[picked_B, i], i, rollout.contexts_NME[picked_B])
-        return gaussian_log_prob(rollout.latents_NSZhw[picked_B, i + 1], mean_BZhw, std)
+    def log_probs(self, rollout: Rollout, picked_B: Tensor, steps: range) -> Tensor:
+        """Of these steps of the picked images, (G, B), under the policy as it is now, in one pass of the network."""
+        latents_SBZhw = rollout.latents_NSZhw[picked_B].transpose(0, 1)
+        policies = self._step(latents_SBZhw[steps.start : steps.stop], steps, rollout.contexts_NME[picked_B])
+        after_GBZhw = latents_SBZhw[steps.start + 1 : steps.stop + 1]
+        return torch.stack(
+            [gaussian_log_prob(x, mean, std) for x, (mean, std) in zip(after_GBZhw, policies, strict=True)]
+        )
 
     def _loss(
-        self, rollout: Rollout, picked_B: Tensor, i: int, advantages_B: Tensor
+        self, rollout: Rollout, picked_B: Tensor, steps: range, advantages_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        old_log_probs_B = rollout.log_probs_NS[picked_B, i]
-        batch = StepBatch(self.log_probs(rollout, picked_B, i), old_log_probs_B, advantages_B)
+        batch = StepBatch(
+            self.log_probs(rollout, picked_B, steps).flatten(),
+            rollout.log_probs_NS[picked_B, steps.start : steps.stop].T.flatten(),
+            advantages_B.repeat(len(steps)),
+        )
         if self.config.estimator == "sf":
             loss = score_function_loss(batch)
         else:
             loss = importance_sampling_loss(batch, self.config.clip_range)
         return loss, {"train/loss": loss.detach(), **policy_change(batch, self.config.clip_range)}
 
-    def _step(self, x_BZhw: Tensor, i: int, contexts_BME: Tensor) -> tuple[Tensor, float]:
-        """Mean and standard deviation of the next latent: the policy, guidance included."""
-        empty_BME = self.empty_ME.expand_as(contexts_BME)
-        time = self.scheduler.timesteps[i]
-        prediction_BZhw = guided_prediction(
-            self.model.unet, x_BZhw, time, contexts_BME, empty_BME, self.config.guidance
+    def _step(self, x_GBZhw: Tensor, steps: range, contexts_BME: Tensor) -> list[tuple[Tensor, float]]:
+        """Mean (B, Z, h, w) and standard deviation of what follows each step: the policy, guidance included."""
+        count, images = x_GBZhw.shape[:2]
+        contexts_GBME = contexts_BME.repeat(count, 1, 1)
+        prediction = guided_prediction(
+            self.model.unet,
+            x_GBZhw.flatten(0, 1),
+            self.times_S[steps.start : steps.stop].repeat_interleave(images),
+            contexts_GBME,
+            self.empty_ME.expand_as(contexts_GBME),
+            self.config.guidance,
         )
-        return self.scheduler.mean_and_std(prediction_BZhw, i, x_BZhw)
+        predictions = prediction.chunk(count)
+        return [self.scheduler.mean_and_std(predictions[k], i, x_GBZhw[k]) for k, i in enumerate(steps)]
 
-    def _stochastic_steps(self) -> list[int]:
+    def _stochastic_steps(self) -> range:
         """Steps with a probability to speak of: with `set_alpha_to_one` the last step adds no noise."""
-        return [i for i in range(len(self.scheduler.timesteps)) if self.scheduler.std(i) > 0]
+        last = len(self.scheduler.timesteps) - 1
+        return range(last + (self.scheduler.std(last) > 0))
 
     def save(self, folder: Path) -> None:
         """The adapters, or the whole model if it was trained whole."""

@@ -73,6 +73,7 @@ class VLLMGenerator:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                **({"gpu_memory_utilization": _memory_share(kv_cache_gib)} if device == "cuda" else {}),
                 enable_prefix_caching=False,  # a cached prefix rounds differently: no call would repeat itself
                 enforce_eager=enforce_eager or device == "cpu",
                 compilation_config=_OWN_MODEL_GRAPHS if config.model_type in SERVED_HERE else {},
@@ -87,6 +88,7 @@ class VLLMGenerator:
         except ValueError as error:  # vLLM's word for settings that cannot work
             reason = " ".join(str(error).split())
             mend = "; raise kv_cache_gib or lower max_model_len" if "KV cache" in reason else ""
+            mend += "; lower kv_cache_gib or end what else is on the GPU" if "Free memory" in reason else ""
             mend += "; choose --engine torch to record experts" if "routed-experts" in reason else ""
             raise UserError(f"vLLM refuses these settings: {reason}{mend}") from None
 
@@ -158,6 +160,12 @@ def _set_environment(device: str) -> None:
     if device == "cpu":
         torch._dynamo.config.disable = True  # some helpers compile even in eager mode, for seconds
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several engines must not pin the same cores
+
+
+def _memory_share(kv_cache_gib: float) -> float:
+    """Of the GPU. vLLM wants this much to be free before it starts: 92% unless told, also where the cache's size is
+    given, so that an engine could not start beside another one, a learner or a model that draws."""
+    return min(1.0, kv_cache_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
 def _import_vllm(device: str) -> Any:

@@ -61,16 +61,17 @@ class LatentDiffusion:
 
 
 def guided_prediction(
-    unet: UNet, x_BZhw: Tensor, time: float, context_BME: Tensor, empty_BME: Tensor, guidance: float
+    unet: UNet, x_BZhw: Tensor, time: float | Tensor, context_BME: Tensor, empty_BME: Tensor, guidance: float
 ) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): ε_∅ + w (ε_text − ε_∅), float32.
 
-    empty_BME: the condition to move away from. guidance: w; the text alone at w = 1, and then in one pass of the
-    network instead of two.
+    time: one timestep, or one per image (B,). empty_BME: the condition to move away from. guidance: w; the text alone
+    at w = 1, and then in one pass of the network instead of two.
     """
     x_BZhw = x_BZhw.to(unet.conv_in.weight.dtype)
     if guidance == 1:
         return unet(x_BZhw, time, context_BME).float()
+    time = time.repeat(2) if isinstance(time, Tensor) else time
     both = unet(torch.cat([x_BZhw, x_BZhw]), time, torch.cat([empty_BME, context_BME])).float()
     without, with_text = both.chunk(2)
     return without + guidance * (with_text - without)

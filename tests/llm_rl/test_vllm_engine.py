@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import pstdev
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import mismatch
 from llm_rl.torch_generator import TorchGenerator
+from llm_rl.vllm_engine import generator
 from llm_rl.vllm_engine.generator import VLLMGenerator
 from models.errors import UserError
 from models.language.checkpoint import save_pretrained, to_checkpoint
@@ -268,6 +270,32 @@ def test_recorded_experts_on_a_gpu(engine_of_its_own: ProcessPoolExecutor, tmp_p
     print(f"choices that agree {agreement:.4f}, mismatch KL {plain:.2e} without and {replayed:.2e} with replay")
     assert agreement > 0.9
     assert replayed <= plain
+
+
+def generate_beside_another_process(folder: str) -> int:
+    """With a third of the GPU taken. Returns the number of completions."""
+    save_pretrained(Decoder(DENSE).init_weights(0), folder)
+    taken = torch.empty(torch.cuda.get_device_properties(0).total_memory // 3, dtype=torch.uint8, device="cuda")
+    engine = VLLMGenerator(folder, device="cuda", dtype="bfloat16", max_num_seqs=16, kv_cache_gib=0.1)
+    groups = engine.generate(PROMPTS, SAMPLING, samples=2, seed=1)
+    engine.close()
+    del taken
+    return sum(len(group) for group in groups)
+
+
+@pytest.mark.gpu
+def test_an_engine_starts_on_a_gpu_that_is_in_use(engine_of_its_own: ProcessPoolExecutor, tmp_path: Path) -> None:
+    future = engine_of_its_own.submit(generate_beside_another_process, str(tmp_path))
+    assert future.result(timeout=240) == 2 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(("cache_gib", "share"), [(8, 0.1), (100, 1.0)])
+def test_an_engine_wants_no_more_of_a_gpu_than_its_cache(
+    monkeypatch: pytest.MonkeyPatch, cache_gib: float, share: float
+) -> None:
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert generator._memory_share(cache_gib) == pytest.approx(share)
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

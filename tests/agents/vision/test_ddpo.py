@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector
 
 from agents.vision.ddpo import DDPOConfig, evaluate, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
@@ -72,7 +73,7 @@ def test_an_update_makes_what_paid_more_likely(tiny: DDPOConfig, estimator: Lite
     rewards = np.random.default_rng(0).normal(size=8)
     learner.update(rollout, rewards)
     with torch.no_grad():
-        after_NS = torch.stack([learner.log_probs(rollout, torch.arange(8), i) for i in range(3)], dim=1)
+        after_NS = learner.log_probs(rollout, torch.arange(8), range(3)).T
     gain_N = (after_NS - rollout.log_probs_NS).sum(dim=1)
     assert float((gain_N * torch.from_numpy(rewards - rewards.mean())).sum()) > 0
 
@@ -87,6 +88,21 @@ def test_the_first_update_is_on_policy(tiny: DDPOConfig) -> None:
     assert figures["train/clip_fraction"] == 0
     assert figures["train/loss"] == pytest.approx(0, abs=1e-5)  # advantages have zero mean
     assert learner.update(rollout, torch.arange(4.0).numpy())["train/approx_kl"] > 1e-10
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_steps_taken_together_make_the_same_update(tiny: DDPOConfig, guidance: float) -> None:
+    changes, figures = [], []
+    for at_once in (1, 2, 5):
+        config = replace(tiny, steps=5, guidance=guidance, steps_at_once=at_once, statistics_min_count=1)
+        learner = DDPOLearner(config, seed=0, device="cpu")
+        rollout, _ = learner.sample(["a red circle"] * 4, torch.Generator().manual_seed(0))
+        before = parameters_to_vector(learner.trained.values()).detach().clone()
+        figures.append([learner.update(rollout, np.array([0.0, 1.0, 3.0, -1.0])) for _ in range(2)])
+        changes.append(parameters_to_vector(learner.trained.values()).detach() - before)
+    for change, numbers in zip(changes[1:], figures[1:]):
+        assert (change - changes[0]).norm() < 1e-2 * changes[0].norm()
+        assert numbers[0] == pytest.approx(figures[0][0], rel=1e-3, abs=1e-6)
 
 
 def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
