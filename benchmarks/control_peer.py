@@ -9,24 +9,24 @@ environments in one process unless --backend and --workers say otherwise, as the
 interleaved, so that whatever else the machine does falls on both; each process has one thread. One entry for each
 (algo, env): the median over the seeds of the mean return of 20 deterministic episodes after the last step, training
 steps per second, and seconds from the start of the process until the mean return of the last 100 training episodes
-reaches a threshold. An entry is written after each finished pair of seeds, so an interrupted benchmark keeps its runs.
+reaches a threshold. An entry is written after each run, so an interrupted benchmark keeps what it has.
 """
 
-import concurrent.futures
 import dataclasses
+import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import psutil
 import tyro
 
 from benchmarks.record import write_result
+from benchmarks.training_run import quietly, side_by_side
 
 THRESHOLDS = {
     "CartPole-v1": 475,
@@ -42,6 +42,7 @@ THRESHOLDS = {
     "Reacher-v5": -10,
     "Ant-v5": 1000,
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclasses.dataclass
@@ -81,10 +82,8 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
     }
     command = [sys.executable, "-m", "launch", "train", config.algo]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment()) as process:
-        began = psutil.Process(process.pid).create_time()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+    began = time.time()
+    quietly(command, ONE_THREAD)
     rows = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
     threshold = THRESHOLDS[config.env]
     reached = next((row for row in rows if row.get("train/return_mean", -1e9) >= threshold), None)
@@ -106,12 +105,8 @@ def peer(config: Config, seed: int) -> dict[str, Any]:
     flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed}
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment())
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    lines = quietly(command, ONE_THREAD).splitlines()
+    return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,17 +155,17 @@ def main(config: Config) -> None:
         return print_table(config.output)
     earlier = config.output.read_text() if config.output.exists() else None
     sides = [ours, peer] if config.peer else [ours]
+    pairs = list(itertools.product(range(config.seeds), sides))
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        waiting = {pool.submit(side, config, seed): side.__name__ for seed in range(config.seeds) for side in sides}
-        for future in concurrent.futures.as_completed(waiting):
-            found[waiting[future]].append(future.result())
-            print(waiting[future], future.result(), flush=True)
-            if earlier is None:
-                config.output.unlink(missing_ok=True)
-            else:
-                config.output.write_text(earlier)
-            write_result(config.output, "control_peer", **entry(config, found))
+    for number, run in side_by_side([partial(side, config, seed) for seed, side in pairs], config.jobs):
+        side = pairs[number][1].__name__
+        found[side].append(run)
+        print(side, run, flush=True)
+        if earlier is None:
+            config.output.unlink(missing_ok=True)
+        else:
+            config.output.write_text(earlier)
+        write_result(config.output, "control_peer", **entry(config, found))
     print(json.dumps(entry(config, found)["ratio"]))
 
 

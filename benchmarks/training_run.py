@@ -38,8 +38,8 @@ def follow(command: Sequence[str], runs_dir: Path, name: str) -> tuple[list[dict
     return entries, json.loads((runs_dir / name / "summary.json").read_text())
 
 
-def quietly(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    """Run a command. Raises SystemExit with the end of what it said if it fails."""
+def quietly(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """Run a command and return what it said. Raises SystemExit with the end of that if it fails."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(environment or {})
     )
@@ -50,6 +50,7 @@ def quietly(command: Sequence[str], environment: Mapping[str, str] | None = None
         _running.discard(process)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{said[-3000:]}")
+    return said
 
 
 def side_by_side(work: Sequence[Callable[[], Result]], at_once: int) -> Iterator[tuple[int, Result]]:
