@@ -111,11 +111,12 @@ def kill_until_done(
         target = rng.choice(["driver", "worker"])
         if target == "driver":
             victim.kill_driver()
-        elif victim.kill_rollout():
-            workers_lost += 1
         else:
-            time.sleep(0.2)  # it has not started yet
-            continue
+            while not victim.kill_rollout():  # it has not started yet
+                if victim.process.poll() is not None:
+                    return workers_lost, victim.process.returncode
+                time.sleep(0.2)
+            workers_lost += 1
         killed[target] += 1
 
 
