@@ -100,24 +100,31 @@ def besiege(agent: str, kills: int, config: Config, runs_dir: Path, rng: random.
 def kill_until_done(
     victim: Victim, killed: dict[str, int], kills: int, longest_wait_s: float, rng: random.Random
 ) -> tuple[int, int]:
-    """Returns the number of workers killed, and the exit code."""
+    """Returns the number of workers killed, and the exit code: 0 too if a kill met a driver that had done all."""
     workers_lost = 0
     while True:
         wait = rng.uniform(0.5, longest_wait_s) if sum(killed.values()) < kills else None
         try:
-            return workers_lost, victim.process.wait(timeout=wait)
+            victim.process.wait(timeout=wait)
         except subprocess.TimeoutExpired:
-            pass
-        target = rng.choice(["driver", "worker"])
-        if target == "driver":
-            victim.kill_driver()
-        else:
-            while not victim.kill_rollout():  # it has not started yet
-                if victim.process.poll() is not None:
-                    return workers_lost, victim.process.returncode
-                time.sleep(0.2)
-            workers_lost += 1
-        killed[target] += 1
+            target = rng.choice(["driver", "worker"])
+            if target == "driver":
+                victim.kill_driver()
+                killed[target] += 1
+            elif kill_worker(victim):
+                workers_lost += 1
+                killed[target] += 1
+        if (code := victim.process.poll()) is not None:
+            return workers_lost, 0 if victim.finished() else code
+
+
+def kill_worker(victim: Victim) -> bool:
+    """Waits until it has started. False if the run ended before that."""
+    while victim.process.poll() is None:
+        if victim.kill_rollout():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def score(run: Path) -> float:
