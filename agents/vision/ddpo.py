@@ -54,6 +54,8 @@ class DDPOConfig:
     iterations: int = 100
     samples: int = 64
     """Images of an iteration."""
+    images_per_prompt: int = 1
+    """Of those, how many share a prompt, so that its mean is known at once. 1: prompts are drawn one by one."""
     batch_size: int = 16
     """Images in one pass of the network, in sampling and in training."""
     steps_at_once: int = 1
@@ -95,6 +97,10 @@ class DDPOConfig:
                 raise UserError(f"{flag}: must be positive")
         if self.estimator == "sf" and self.updates != 1:
             raise UserError(f"--updates is {self.updates}: --estimator sf is right for the first update only; give 1")
+        if self.samples % self.images_per_prompt:
+            raise UserError(
+                f"--samples is {self.samples}: must be a multiple of --images-per-prompt {self.images_per_prompt}"
+            )
         if self.samples % (self.batch_size * self.updates):
             raise UserError(
                 f"--samples is {self.samples}: must be a multiple of --batch-size {self.batch_size} times --updates "
@@ -165,7 +171,8 @@ def sample(
 ) -> tuple[Rollout, np.ndarray]:
     """One iteration's images with their kept steps, and their rewards: scored while the next batch is sampled."""
     rng = np.random.default_rng(derive_seed(run.seed, "prompts", learner.iteration))
-    picked = [prompts[i] for i in rng.integers(len(prompts), size=config.samples)]
+    drawn = rng.integers(len(prompts), size=config.samples // config.images_per_prompt)
+    picked = [prompts[i] for i in drawn.repeat(config.images_per_prompt).tolist()]
     rollouts, asked = [], []
     for at in range(0, config.samples, config.batch_size):
         batch = picked[at : at + config.batch_size]

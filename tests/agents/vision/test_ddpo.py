@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
-from agents.vision.ddpo import DDPOConfig, evaluate, start_scorer, train
+from agents.vision.ddpo import DDPOConfig, evaluate, load_prompts, sample, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
@@ -105,6 +106,24 @@ def test_steps_taken_together_make_the_same_update(tiny: DDPOConfig, guidance: f
         assert numbers[0] == pytest.approx(figures[0][0], rel=1e-3, abs=1e-6)
 
 
+def test_images_share_prompts(tiny: DDPOConfig) -> None:
+    config = replace(tiny, samples=8, batch_size=4, images_per_prompt=4, updates=1, scene_prompts=64)
+    learner = DDPOLearner(config, seed=0, device="cpu")
+    run = SimpleNamespace(seed=0)
+    asked: list[str] = []
+
+    class Scorer:
+        def call(self, index: int, name: str, images: np.ndarray, prompts: list[str], timeout_s: float) -> Any:
+            asked.extend(prompts)
+            return SimpleNamespace(result=lambda: np.zeros(len(prompts)))
+
+    prompts, _ = load_prompts(config, 0)
+    rollout, rewards = sample(config, run, learner, Scorer(), prompts)  # type: ignore[arg-type]
+    assert rollout.prompts == asked == [asked[0]] * 4 + [asked[4]] * 4
+    assert asked[0] != asked[4]
+    assert len(rewards) == 8
+
+
 def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
     directory = start(tmp_path, tiny)
     assert (directory.root / "model" / "final" / WEIGHTS).is_file()
@@ -185,6 +204,7 @@ def test_a_reward_that_hangs(tiny: DDPOConfig, tmp_path: Path) -> None:
     [
         ({"estimator": "sf"}, "--estimator sf is right for the first update only"),
         ({"samples": 6}, "multiple of --batch-size 2 times --updates 2"),
+        ({"images_per_prompt": 3}, "multiple of --images-per-prompt 3"),
         ({"lr": 0.0}, "--lr is 0.0"),
     ],
 )
