@@ -1,6 +1,6 @@
 """DDPO's two estimators over several seeds on one model and reward: does the reward rise, and how far?
 
-python -m benchmarks.ddpo_curves --model runs/scenes/model/final --device cuda --jobs 6     # six runs share a GPU
+python -m benchmarks.ddpo_curves --device cuda --jobs 6           # the models of the package; six runs share a GPU
 python -m benchmarks.ddpo_curves --model FOLDER --reward scene-agreement --detector runs/detr/model/final --device cuda
 python -m benchmarks.ddpo_curves --plot-only                    # the newest entry as a PNG, where matplotlib is
 
@@ -40,8 +40,6 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()  # what is left goes to the job, as it is
     if arguments.plot_only:
         return plot(arguments.out)
-    if arguments.model is None:
-        parser.error("--model: give the Stable Diffusion folder to tune")
     pairs = list(itertools.product(arguments.estimators, arguments.seeds))
     figures: dict[str, Any] = {"reward": arguments.reward, "flags": flags}
     try:
@@ -61,11 +59,11 @@ def one_run(arguments: argparse.Namespace, estimator: str, seed: int, flags: lis
     with tempfile.TemporaryDirectory() as runs_dir:
         command = [
             sys.executable, "-m", "launch", "train", "ddpo", "--backend", "local", "--runs-dir", runs_dir, "--name",
-            "run", "--seed", str(seed), "--device", arguments.device, "--model", str(arguments.model), "--reward",
-            arguments.reward, "--estimator", estimator, "--updates", str(UPDATES[estimator]), *flags,
+            "run", "--seed", str(seed), "--device", arguments.device, "--reward", arguments.reward, "--estimator",
+            estimator, "--updates", str(UPDATES[estimator]), *flags,
         ]  # fmt: skip
-        if arguments.detector:
-            command += ["--detector", str(arguments.detector)]
+        for flag, folder in (("--model", arguments.model), ("--detector", arguments.detector)):
+            command += [flag, str(folder)] if folder else []
         quietly(command, share_of_cores(arguments.jobs))
         lines = [json.loads(line) for line in (Path(runs_dir) / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["eval/reward_mean"] for line in lines if "eval/reward_mean" in line]

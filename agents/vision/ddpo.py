@@ -34,13 +34,14 @@ DETECTOR_SHARE = 0.1  # of a GPU, as Ray accounts it
 
 @dataclass(frozen=True)
 class DDPOConfig:
-    model: Path = Path()
-    """Stable Diffusion v1 folder in diffusers' format: the model to tune."""
+    model: Path | None = None
+    """Stable Diffusion v1 folder in diffusers' format: the model to tune. None: the one of scenes that comes with the
+    package."""
     reward: str = "jpeg-compressibility"
-    """jpeg-compressibility, jpeg-incompressibility, scene-agreement (with --detector), or `module:function` of images
-    (N, H, W, 3) uint8 and N prompts."""
+    """jpeg-compressibility, jpeg-incompressibility, scene-agreement, or `module:function` of images (N, H, W, 3) uint8
+    and N prompts."""
     detector: Path | None = None
-    """DETR trained on scenes, for scene-agreement."""
+    """DETR trained on scenes, for scene-agreement. None: the one that comes with the package."""
     prompts: Path | None = None
     """Text file with a prompt a line. None: captions of scenes."""
     scenes: SceneConfig = field(default_factory=lambda: SceneConfig(size=64, max_objects=3))

@@ -23,6 +23,7 @@ from agents.vision.ddpo_loss import (
     score_function_loss,
 )
 from agents.vision.prompt_statistics import PromptStatistics
+from envs.vision.shipped_weights import scenes_model
 from models.diffusion.folder import load_folder, save_folder
 from models.diffusion.lora import attach_lora, save_lora
 from models.diffusion.noise_schedule import draw_noise
@@ -59,10 +60,9 @@ class DDPOLearner:
     """Model, optimizer, statistics and counter. Raises UserError for a model folder that cannot be loaded."""
 
     def __init__(self, config: "DDPOConfig", seed: int, device: str) -> None:
-        if not config.model.parts:
-            raise UserError("--model is missing: give the Stable Diffusion folder to tune")
         self.config, self.seed, self.device = config, seed, torch.device(device)
-        self.model = load_folder(config.model, device=device)
+        self.folder = scenes_model("diffusion", config.model, "--model")
+        self.model = load_folder(self.folder, device=device)
         if config.lora_r:
             lora = LoraConfig(config.lora_r, float(config.lora_r), config.lora_targets)
             attach_lora(self.model.unet, lora, derive_seed(seed, "lora"))
@@ -83,7 +83,7 @@ class DDPOLearner:
         """Draw an image for each prompt. Returns its steps, and the images (B, C, H, W) in [0, 1]."""
         unet = self.model.unet.config
         if unet.sample_size is None:
-            raise UserError(f"{self.config.model}/unet/config.json: names no sample_size")
+            raise UserError(f"{self.folder}/unet/config.json: names no sample_size")
         contexts_BME = self.model.encode_prompts(prompts)
         shape = (len(prompts), unet.in_channels, unet.sample_size, unet.sample_size)
         # All noise at once: it is drawn on the CPU, and each trip to the GPU would wait for the steps before.
@@ -195,7 +195,7 @@ class DDPOLearner:
         """Raises UserError for a checkpoint of other adapters or of another model."""
         saved = {name: list(tensor.shape) for name, tensor in state["trained"].items()}
         if saved != {name: list(parameter.shape) for name, parameter in self.trained.items()}:
-            raise UserError(f"the checkpoint's weights are not those that {self.config.model} with --lora-r "
+            raise UserError(f"the checkpoint's weights are not those that {self.folder} with --lora-r "
                             f"{self.config.lora_r} trains")  # fmt: skip
         for name, parameter in self.trained.items():
             parameter.copy_(state["trained"][name])

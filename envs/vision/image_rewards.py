@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from envs.vision.scene_agreement import SceneAgreement
+from envs.vision.shipped_weights import scenes_model
 from models.errors import UserError, unknown_name
 
 AGREEMENT = "scene-agreement"
@@ -43,12 +44,10 @@ NAMED: dict[str, Reward] = {
 def find_reward(name: str, detector: Path | None = None, device: str = "cpu") -> Reward:
     """A reward by its name or by `module:function`. Raises UserError if there is none.
 
-    detector: DETR of scenes that `scene-agreement` needs.
+    detector: DETR of scenes, for `scene-agreement`; None: the one that comes with the package.
     """
     if name == AGREEMENT:
-        if detector is None:
-            raise UserError(f"reward {name}: needs a detector; give --detector, a DETR trained on scenes")
-        return SceneAgreement(detector, device)
+        return SceneAgreement(scenes_model("detr", detector, "--detector"), device)
     if ":" not in name:
         if name not in NAMED:
             raise unknown_name("reward", name, [*NAMED, AGREEMENT])

@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 
 from agents.vision.ddpo import DDPOConfig, evaluate, load_prompts, sample, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
+from envs.vision import shipped_weights
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
@@ -220,5 +221,13 @@ def test_prompts_of_a_file(tiny: DDPOConfig, tmp_path: Path) -> None:
         start(tmp_path, replace(tiny, prompts=prompts))
     with pytest.raises(UserError, match="cannot be read"):
         start(tmp_path, replace(tiny, prompts=tmp_path), "other")
-    with pytest.raises(UserError, match="--model is missing"):
-        start(tmp_path, replace(tiny, model=Path()), "third")
+
+
+def test_without_a_model_the_one_of_the_package_is_tuned(
+    tiny: DDPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = DDPOLearner(replace(tiny, model=None, lora_r=4), seed=0, device="cpu")
+    assert learner.model.unet.config.sample_size == 16
+    monkeypatch.setattr(shipped_weights, "WEIGHTS", tmp_path)  # of an installation without any
+    with pytest.raises(UserError, match=r"no diffusion model .*--model"):
+        DDPOLearner(replace(tiny, model=None), seed=0, device="cpu")

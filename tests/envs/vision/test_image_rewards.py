@@ -1,10 +1,13 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from envs.vision import shipped_weights
 from envs.vision.image_rewards import RewardScorer, find_reward
+from envs.vision.scenes import SceneConfig, make_scene, scene_caption
 from models.errors import UserError
 
 
@@ -19,8 +22,13 @@ def test_jpeg_size_in_kilobytes() -> None:
     assert RewardScorer("jpeg-compressibility").score(images, ["a", "b"]).tolist() == [-plain, -noise]
 
 
-def test_agreement_needs_a_detector() -> None:
-    with pytest.raises(UserError, match="give --detector"):
+def test_agreement_is_judged_by_the_detector_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SceneConfig(size=128, max_objects=2)
+    images = np.stack([make_scene(config, 0, i, "heldout").image for i in range(4)])
+    captions = [scene_caption(config, 0, i, "heldout") for i in range(4)]
+    assert np.mean(find_reward("scene-agreement")(images, captions)) >= 0.75
+    monkeypatch.setattr(shipped_weights, "WEIGHTS", tmp_path)  # of an installation without any
+    with pytest.raises(UserError, match=r"no detr model .*--detector"):
         find_reward("scene-agreement")
 
 
