@@ -3,9 +3,11 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from launch.runtime import Runtime
 from models.errors import UserError
@@ -46,6 +48,9 @@ def interruptible() -> Iterator[None]:
     """Within, the first SIGINT or SIGTERM raises KeyboardInterrupt; from then on each ends the process at once."""
 
     def at_once(signum: int, frame: FrameType | None) -> None:
+        for process in psutil.Process().children(recursive=True):  # Ray leaves a stopped worker behind now and then
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         os._exit(INTERRUPTED)
 
     def first(signum: int, frame: FrameType | None) -> None:

@@ -32,9 +32,9 @@ SHORT: dict[str, ReplayConfig] = {
 
 
 def test_ddpg_learns_pendulum(tmp_path: Path) -> None:
-    """In a fifth of the steps of the benchmark and on a smaller network; a random policy earns -1200."""
+    """In a third of the steps of the benchmark and on a smaller network; a random policy earns -1200."""
     size: dict[str, Any] = {"hidden": (64, 64), "batch_size": 64, "learner_threads": 1}
-    config = DDPGConfig(gamma=0.95, steps=4000, learning_starts=600, eval_every=4000, tau=0.02, **size)
+    config = DDPGConfig(gamma=0.95, steps=6000, learning_starts=600, eval_every=6000, tau=0.02, **size)
     assert train("ddpg", config, tmp_path, "run")["eval/return_mean"] > -400
 
 

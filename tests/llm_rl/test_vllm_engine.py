@@ -43,11 +43,10 @@ from tests.models.language.policies import (
 KINDS = {
     "dense": replace(DENSE, head_dim=32),
     "dense, tied": replace(DENSE, head_dim=32, tie_word_embeddings=True),
-    # Without QK-norm large weights make attention so sharp that float32 rounding alone reaches 1e-5.
-    "llama": replace(DENSE, head_dim=32, qk_norm=False, initializer_range=0.12),
+    "llama": replace(DENSE, head_dim=32, qk_norm=False),
     "moe": replace(MOE, head_dim=32),
     "moe, tied": replace(MOE, head_dim=32, tie_word_embeddings=True),
-    "hybrid": replace(HYBRID, head_dim=32, initializer_range=0.16),  # sharper ones come near 1e-5 by rounding
+    "hybrid": replace(HYBRID, head_dim=32),
     "hybrid, untied": replace(
         HYBRID,
         head_dim=32,
@@ -64,12 +63,11 @@ KINDS = {
         head_dim=32,
         layer_types=(),
         qk_norm=False,
-        initializer_range=0.12,
         n_group=3,
         topk_group=2,
         shared_expert_gate=False,
     ),
-    "mixtral": replace(MOE, head_dim=32, qk_norm=False, initializer_range=0.12),
+    "mixtral": replace(MOE, head_dim=32, qk_norm=False),
     "dots1": replace(DEEPSEEK, head_dim=32),
     "glm4_moe": replace(GLM, head_dim=32),
     "post-norm, muP, log n": replace(POST_NORM, head_dim=32),
@@ -77,8 +75,11 @@ KINDS = {
     "sandwich": replace(DENSE, head_dim=32, norm_placement="sandwich"),
     "gates": replace(GATES, head_dim=32),
 }
+# With larger weights float32 rounding alone comes near 1e-5, and past it on some processors; a policy with no norm at
+# all needs larger ones to be sharp.
+KINDS = {name: config if name == "gates" else replace(config, initializer_range=0.12) for name, config in KINDS.items()}
 # Longer than an engine step of 48 tokens, so read in pieces; of one token, which vLLM takes for decoding; and between.
-PROMPTS = [list(range(90)), [7], [7, 8], list(range(20, 69)), [1] * 48, list(range(96, 0, -1)), [5, 9, 11]]
+PROMPTS = [list(range(90)), [7], [7, 8], list(range(20, 69)), list(range(40, 88)), list(range(96, 0, -1)), [5, 9, 11]]
 SAMPLING = SamplingConfig(temperature=0.8, max_tokens=24, stop_token_ids=(3, 4))
 GREEDY = SamplingConfig(temperature=0, max_tokens=16)
 
