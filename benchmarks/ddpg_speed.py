@@ -5,6 +5,7 @@ take turns, so that a machine that is busy for a while is so for both. SB3 runs 
 the better of its two medians is the peer.
 
 python -m benchmarks.ddpg_speed --env Pendulum-v1 HalfCheetah-v5
+python -m benchmarks.ddpg_speed --env Pendulum-v1 HalfCheetah-v5 --matmul-precision bfloat16   # ours alone
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
@@ -54,6 +56,7 @@ class Config:
     repeats: int = 3
     hidden: tuple[int, ...] = (400, 300)
     batch_size: int = 256
+    matmul_precision: Literal["float32", "bfloat16"] = "float32"
     output: Path = Path("benchmarks/results/ddpg_speed.json")
 
 
@@ -67,7 +70,8 @@ def main(config: Config) -> None:
             print(env, {name: [round(x, 1) for x in values] for name, values in speeds.items()}, flush=True)
         medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
         mine = medians.pop("ours")
-        shape = {"env": env, "hidden": list(config.hidden), "batch_size": config.batch_size}
+        shape: dict[str, Any] = {"env": env, "hidden": list(config.hidden), "batch_size": config.batch_size}
+        shape["matmul_precision"] = config.matmul_precision
         write_result(
             config.output,
             "ddpg_speed",
@@ -86,6 +90,7 @@ def ours(env: str, config: Config, seed: int) -> float:
     command = [sys.executable, "-m", "launch", "train", "ddpg", "--env", env, "--steps", str(total)]
     command += ["--gamma", "0.98", "--hidden", *map(str, config.hidden), "--batch-size", str(config.batch_size)]
     command += ["--learning-starts", str(STARTS), "--eval-every", str(total), "--eval-episodes", "1"]
+    command += ["--matmul-precision", config.matmul_precision]
     command += ["--log-every", str(STARTS), "--seed", str(seed), "--runs-dir", str(runs_dir), "--name", "run"]
     run(command, threads=1)
     entries = [json.loads(line) for line in (runs_dir / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agents.ddpg import DDPG, DDPGConfig
 from agents.replay_training import ReplayConfig
-from agents.sac import SACConfig
+from agents.sac import SAC, SACConfig
 from agents.td3 import TD3Config
 from models.errors import UserError
 from tests.agents.runs import assert_equal, final_state, metrics, runtime, train, train_until_killed
@@ -142,3 +143,15 @@ class Unbounded:
         env = gymnasium.make("Pendulum-v1").unwrapped
         env.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
         return env
+
+
+def test_bfloat16_products_are_for_cpus_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = replace(SHORT["sac"], matmul_precision="bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(UserError, match="--matmul-precision bfloat16: this CPU has no AMX"):
+        SAC(rounded, seed=0)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    SAC(rounded, seed=0)
+    assert torch.get_float32_matmul_precision() == "medium"
+    SAC(SHORT["sac"], seed=0)
+    assert torch.get_float32_matmul_precision() == "highest"
