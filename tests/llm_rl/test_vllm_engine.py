@@ -77,7 +77,10 @@ KINDS = {
 }
 # With larger weights float32 rounding alone comes near 1e-5, and past it on some processors; a policy with no norm at
 # all needs larger ones to be sharp.
-KINDS = {name: config if name == "gates" else replace(config, initializer_range=0.12) for name, config in KINDS.items()}
+KINDS = {
+    name: config if config.norm_placement == "none" else replace(config, initializer_range=0.12)
+    for name, config in KINDS.items()
+}
 # Longer than an engine step of 48 tokens, so read in pieces; of one token, which vLLM takes for decoding; and between.
 PROMPTS = [list(range(90)), [7], [7, 8], list(range(20, 69)), list(range(40, 88)), list(range(96, 0, -1)), [5, 9, 11]]
 SAMPLING = SamplingConfig(temperature=0.8, max_tokens=24, stop_token_ids=(3, 4))
