@@ -103,6 +103,7 @@ class DenoiseVectorEnv(VectorEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         if seed is not None:
             self._rng = np.random.default_rng(seed)  # type: ignore[arg-type]
+        self._finished_N[:] = False
         self._begin(np.arange(self.num_envs))
         return self._observe(), {}
 

@@ -85,6 +85,16 @@ def test_after_the_end_a_dummy_step_begins_the_next_picture(folder: Path) -> Non
     assert not np.array_equal(observations, first)
 
 
+def test_a_reset_right_after_the_end_leaves_no_dummy_step(folder: Path) -> None:
+    env = make(folder, grid=2)
+    env.reset(seed=0)
+    env.step(constant(env, 2.0, 0.0, 2))
+    env.reset()
+    observations, rewards, _, _, _ = env.step(constant(env, 2.0, 0.0, 1))
+    assert (observations[:, 0] == 0.5).all()
+    assert rewards.tolist() == pytest.approx([-0.1] * 3)
+
+
 def test_repeats_by_seed(folder: Path) -> None:
     runs = []
     for seed in (1, 1, 2):
