@@ -41,7 +41,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int | None = None
     """Environment steps of training; None: the recipe's."""
-    episodes: int = 100
+    episodes: int = 400
     """Of each evaluation."""
     detector: Path | None = None
     diffusion: Path | None = None
@@ -127,18 +127,18 @@ def random_window(step: int, rng: np.random.Generator) -> int:
 
 
 def denoise_schedules() -> dict[str, Policy]:
-    """Constant guidance and stride, without fresh noise."""
-    pairs = itertools.product((1.0, 2.0, 4.0, 7.0), (1, 2, 4))
+    """Constant guidance and stride, without fresh noise; the first picture is handed in."""
+    pairs = itertools.product((1.0, 2.0, 2.5, 3.0, 4.0, 5.0), (1, 2, 4))
     return {f"guidance {guidance:g}, stride {stride}": _steering(guidance, stride) for guidance, stride in pairs}
 
 
 def _steering(guidance: float, stride: int) -> Policy:
-    action = [(guidance - 1) / (MAX_GUIDANCE - 1) * 2 - 1, -1.0, (stride - 1) / (MAX_STRIDE - 1) * 2 - 1]
+    action = [(guidance - 1) / (MAX_GUIDANCE - 1) * 2 - 1, -1.0, (stride - 1) / (MAX_STRIDE - 1) * 2 - 1, -1.0]
     return lambda step, rng: np.array(action, np.float32)
 
 
 def random_steering(step: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(-1, 1, 3).astype(np.float32)
+    return rng.uniform(-1, 1, 4).astype(np.float32)
 
 
 def trained(config: Config, agent: str, name: str, seed: int) -> float:

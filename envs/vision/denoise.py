@@ -1,11 +1,12 @@
 """Denoise-v0: sampling from a diffusion model as a decision process. The agent steers, a reward model pays.
 
-An episode is one picture. At each step the agent says how strongly to follow the caption, how much fresh noise to add,
-and how far to go; each step costs, so a good agent finishes in few. At the end the picture is decoded and paid.
+An episode is one caption. At each step the agent says how strongly to follow it, how much fresh noise to add, and how
+far to go; each step costs, so a good agent takes few. It is shown what the finished picture is worth, and hands it in,
+which ends the episode and pays that, or draws another one.
 
     longstride train a2c --env envs.vision:Denoise-v0
 
-Shapes: N environments, Z latent channels, h × w latent pixels, M tokens of width E.
+Shapes: N environments, B of them, A numbers of an action, Z latent channels, h × w latent pixels, M tokens of width E.
 """
 
 import os
@@ -29,17 +30,22 @@ from models.diffusion.schedulers import DDIM
 from models.errors import UserError
 
 MODEL_VARIABLE, DETECTOR_VARIABLE = "LONGSTRIDE_DENOISE_MODEL", "LONGSTRIDE_DENOISE_DETECTOR"
-MAX_GUIDANCE = 10.0
+MAX_GUIDANCE = 5.0
+ACTIONS = 4  # numbers of an action
 SCENES = SceneConfig(max_objects=3)  # as those that the diffusion model of scenes was trained on
 
 
 class DenoiseVectorEnv(VectorEnv):
     """`num_envs` pictures at once, in one batch of the network.
 
-    Action, three numbers in [-1, 1]: guidance from 1 to 10; η of DDIM from 0 to 1 (Song et al. 2021, eq. 16); the
-    stride from 1 to `max_stride` positions of a grid of `grid` timesteps. Observation: how far the picture is, the
-    last action, mean and deviation of each channel of the latent and of the x_0 predicted last, the strength of the
-    caption's pull, and the mean hidden state of the caption.
+    Action, four numbers in [-1, 1]: guidance from 1 to `MAX_GUIDANCE`; η of DDIM from 0 to 1 (Song et al. 2021,
+    eq. 16); the stride from 1 to `max_stride` positions of a grid of `grid` timesteps; and what to do with a finished
+    picture, before which this number counts for nothing. Above 0, the step is the first of another picture of the same
+    caption; otherwise the picture is handed in, at no cost. After `max_steps` steps it is handed in as it is finished.
+
+    Observation: how far the picture is, the part of `max_steps` that is used, the reward of a finished picture (before,
+    0), the last action, mean and deviation of each channel of the latent and of the x_0 predicted last, and the
+    strength of the caption's pull.
 
     model: Stable Diffusion folder, by default what LONGSTRIDE_DENOISE_MODEL names, or else the one that comes with the
     package. reward: as `longstride train ddpo` has them; detector: of scene-agreement, by default what
@@ -59,18 +65,21 @@ class DenoiseVectorEnv(VectorEnv):
         prompts: Sequence[str] = (),
         grid: int = 20,
         max_stride: int = 4,
+        max_steps: int = 40,
         cost: float = 0.02,
         split: Split | None = None,
         device: str | None = None,
     ) -> None:
-        if max_stride < 1 or cost < 0:
-            raise UserError(f"Denoise-v0: max_stride {max_stride} must be positive, cost {cost} not negative")
+        if max_stride < 1 or max_steps < 1 or cost < 0:
+            given = f"max_stride {max_stride}, max_steps {max_steps}, cost {cost}"
+            raise UserError(f"Denoise-v0: {given}: strides and steps must be positive, the cost not negative")
         model = scenes_model("diffusion", model or os.environ.get(MODEL_VARIABLE), MODEL_VARIABLE)
         eye = None
         if reward == AGREEMENT:
             eye = scenes_model("detr", detector or os.environ.get(DETECTOR_VARIABLE), DETECTOR_VARIABLE)
         device, split = vision_device(device), vision_split(split)
-        self.num_envs, self.cost, self.max_stride = num_envs, cost, max_stride
+        self.num_envs, self.cost = num_envs, cost
+        self.max_stride, self.max_steps = max_stride, max_steps
         self._model = shared_diffusion(model, device)
         self._scorer = RewardScorer(reward, eye, device)
         self._ddim = DDIM(self._model.scheduler.with_name("ddim"), grid)
@@ -80,9 +89,9 @@ class DenoiseVectorEnv(VectorEnv):
         self._contexts_PME = self._model.encode_prompts(self._prompts)
         self._empty_ME = self._model.encode_prompts([""])[0]
         channels = self._model.unet.config.in_channels
-        width = 5 + 4 * channels + self._contexts_PME.shape[-1]
+        width = 4 + ACTIONS + 4 * channels
         self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
-        self.single_action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+        self.single_action_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         side = self._model.unet.config.sample_size
@@ -91,12 +100,14 @@ class DenoiseVectorEnv(VectorEnv):
         self._x_NZhw = torch.zeros(num_envs, channels, side, side, device=device)
         self._x0_NZhw = torch.zeros_like(self._x_NZhw)
         self._pull_N = torch.zeros(num_envs, device=device)
-        self._actions_N3 = np.zeros((num_envs, 3), np.float32)
+        self._actions_NA = np.zeros((num_envs, ACTIONS), np.float32)
+        self._worth_N = np.zeros(num_envs, np.float32)
+        self._steps_N = np.zeros(num_envs, np.int64)
         self._position_N = np.zeros(num_envs, np.int64)
         self._prompt_N = np.zeros(num_envs, np.int64)
         self._finished_N = np.zeros(num_envs, bool)
         self._rng = np.random.default_rng()
-        self.pictures: dict[int, np.ndarray] = {}  # of the environments whose episode ended in the last step
+        self.pictures: dict[int, np.ndarray] = {}  # the last finished of each environment
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -108,38 +119,45 @@ class DenoiseVectorEnv(VectorEnv):
         return self._observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Environments that have just finished ignore their action, pay 0 and begin a new picture."""
-        rewards = np.zeros(self.num_envs)
-        moving = np.flatnonzero(~self._finished_N)
-        starting = np.flatnonzero(self._finished_N)
+        """Environments that have just finished ignore their action, pay 0 and begin with another caption."""
+        actions_NA = np.asarray(actions, np.float32).clip(-1, 1)
+        rewards_N = np.zeros(self.num_envs)
+        starting, running_N = np.flatnonzero(self._finished_N), ~self._finished_N
         self._finished_N[:] = False
-        self.pictures = {}
+        drawn_N, again_N = running_N & (self._position_N == len(self._times)), actions_NA[:, 3] > 0
+        self._hand_in(np.flatnonzero(drawn_N & ~again_N), rewards_N)
+        self._draw_anew(np.flatnonzero(drawn_N & again_N))
+        moving = np.flatnonzero(running_N & ~self._finished_N)
         if len(moving):
-            actions = np.asarray(actions, np.float32).clip(-1, 1)
-            self._denoise(moving, actions[moving])
-            rewards[moving] -= self.cost
-            done = moving[self._position_N[moving] == len(self._times)]
-            if len(done):
-                rewards[done] += self._pay(done)
-                self._finished_N[done] = True
-        if len(starting):
-            self._begin(starting)
-        return self._observe(), rewards, self._finished_N.copy(), np.zeros(self.num_envs, bool), {}
+            self._denoise(moving, actions_NA[moving])
+            rewards_N[moving] -= self.cost
+            drawn = moving[self._position_N[moving] == len(self._times)]
+            self._look_at(drawn)
+            self._hand_in(drawn[self._steps_N[drawn] >= self.max_steps], rewards_N)
+        self._begin(starting)
+        return self._observe(), rewards_N, self._finished_N.copy(), np.zeros(self.num_envs, bool), {}
 
     def _begin(self, which: np.ndarray) -> None:
-        self._prompt_N[which] = self._rng.integers(len(self._prompts), size=len(which))
-        self._position_N[which] = 0
-        self._actions_N3[which] = 0
-        self._x_NZhw[which] = self._noise(len(which))
-        self._x0_NZhw[which] = 0
-        self._pull_N[which] = 0
+        if len(which):
+            self._prompt_N[which] = self._rng.integers(len(self._prompts), size=len(which))
+            self._steps_N[which] = 0
+            self._actions_NA[which] = 0
+            self._draw_anew(which)
+
+    def _draw_anew(self, which: np.ndarray) -> None:
+        if len(which):
+            self._position_N[which] = 0
+            self._x_NZhw[which] = self._noise(len(which))
+            self._x0_NZhw[which] = 0
+            self._pull_N[which] = 0
+            self._worth_N[which] = 0
 
     @torch.no_grad()
-    def _denoise(self, which: np.ndarray, actions_B3: np.ndarray) -> None:
+    def _denoise(self, which: np.ndarray, actions_BA: np.ndarray) -> None:
         """One step of DDIM for each, from its own timestep to its own."""
-        share_B3 = torch.from_numpy((actions_B3 + 1) / 2).to(self._x_NZhw.device)[..., None, None, None]
-        guidance_B, eta_B = 1 + (MAX_GUIDANCE - 1) * share_B3[:, 0], share_B3[:, 1]
-        strides = 1 + np.rint((actions_B3[:, 2] + 1) / 2 * (self.max_stride - 1)).astype(np.int64)
+        share_BA = torch.from_numpy((actions_BA + 1) / 2).to(self._x_NZhw.device)[..., None, None, None]
+        guidance_B, eta_B = 1 + (MAX_GUIDANCE - 1) * share_BA[:, 0], share_BA[:, 1]
+        strides = 1 + np.rint((actions_BA[:, 2] + 1) / 2 * (self.max_stride - 1)).astype(np.int64)
         begin = self._position_N[which]
         end = np.minimum(begin + strides, len(self._times))
         x_BZhw = self._x_NZhw[which]
@@ -154,8 +172,9 @@ class DenoiseVectorEnv(VectorEnv):
         self._x_NZhw[which] = mean_BZhw + std_B * self._noise(len(which))
         self._x0_NZhw[which] = x0_BZhw
         self._pull_N[which] = (with_text - without).square().mean(dim=(1, 2, 3)).sqrt()
-        self._actions_N3[which] = actions_B3
+        self._actions_NA[which] = actions_BA
         self._position_N[which] = end
+        self._steps_N[which] += 1
 
     def _predictions(self, x_BZhw: Tensor, time_B: Tensor, context_BME: Tensor) -> tuple[Tensor, Tensor]:
         empty_BME = self._empty_ME.expand_as(context_BME)
@@ -165,11 +184,16 @@ class DenoiseVectorEnv(VectorEnv):
         without, with_text = both.chunk(2)
         return without, with_text
 
-    def _pay(self, done: np.ndarray) -> np.ndarray:
-        images = self._model.decode_latents(self._x_NZhw[done])
-        pictures = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        self.pictures = dict(zip(done.tolist(), pictures))
-        return self._scorer.score(pictures, [self._prompts[i] for i in self._prompt_N[done]])
+    def _look_at(self, drawn: np.ndarray) -> None:
+        if len(drawn):
+            images_B3HW = self._model.decode_latents(self._x_NZhw[drawn])
+            pictures = (images_B3HW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+            self._worth_N[drawn] = self._scorer.score(pictures, [self._prompts[i] for i in self._prompt_N[drawn]])
+            self.pictures |= dict(zip(drawn.tolist(), pictures))
+
+    def _hand_in(self, which: np.ndarray, rewards_N: np.ndarray) -> None:
+        rewards_N[which] += self._worth_N[which]
+        self._finished_N[which] = True
 
     def _observe(self) -> np.ndarray:
         statistics = [
@@ -177,10 +201,10 @@ class DenoiseVectorEnv(VectorEnv):
             for latents in (self._x_NZhw, self._x0_NZhw)
             for moment in (latents.mean(dim=(2, 3)), latents.std(dim=(2, 3)))
         ]
-        caption_NE = self._contexts_PME[self._prompt_N].mean(dim=1)
-        seen = torch.cat([*statistics, self._pull_N[:, None], caption_NE], dim=1).cpu().numpy()
-        progress = self._position_N[:, None] / len(self._times)
-        return np.concatenate([progress, self._actions_N3, seen], axis=1).astype(np.float32)
+        seen = torch.cat([*statistics, self._pull_N[:, None]], dim=1).cpu().numpy()
+        progress_N, used_N = self._position_N / len(self._times), self._steps_N / self.max_steps
+        counts_N3 = np.stack([progress_N, used_N, self._worth_N], axis=1)
+        return np.concatenate([counts_N3, self._actions_NA, seen], axis=1).astype(np.float32)
 
     def _noise(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(int(self._rng.integers(2**63)))

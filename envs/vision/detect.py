@@ -11,7 +11,8 @@ so an episode's return is the final quality (box_quality.py, in [0, 1]) minus th
 
 Observation, a vector in [-1, 1]: the scene's luminance on 16×16 cells, which windows were looked at, the scores of what
 was found on 8×8 cells, the part of the looks that are left. `DetectContinuous-v0` takes (x, y, zoom, stop) in [-1, 1]
-instead of a number: the nearest window of the nearest zoom, or the end if stop > 0.
+instead of a number: the nearest window of that zoom which has not been looked at (if none is left, the nearest), or the
+end if stop > 0.
 
 All environments of a vector are seen by one forward pass of the eye.
 """
@@ -51,6 +52,10 @@ WINDOWS = [
     for column in range(n)
 ]  # (x, y, side) in pixels
 STOP = len(WINDOWS)
+CENTRES = [
+    np.array([((column + 0.5) / n * 2 - 1, (row + 0.5) / n * 2 - 1) for row in range(n) for column in range(n)])
+    for n, _ in LEVELS
+]  # (x, y) of each level's windows, as DetectContinuous-v0 counts them
 THUMBNAIL, MAP = 16, 8  # cells of a side
 EYE_VARIABLE = "LONGSTRIDE_DETECT_EYE"
 
@@ -139,7 +144,7 @@ class DetectVectorEnv(VectorEnv):
         return self._observations(), {}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        choices = [self._choice(action) for action in np.asarray(actions)]
+        choices = [self._choice(a, e) for a, e in zip(np.asarray(actions), self.episodes, strict=True)]
         fresh = self.done.copy()
         looking = [i for i in range(self.num_envs) if not fresh[i] and choices[i] != STOP]
         rewards, terminated = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
@@ -168,7 +173,7 @@ class DetectVectorEnv(VectorEnv):
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
         return Episode(scene, pixels, *nothing, np.zeros(len(WINDOWS), bool), luminance - luminance.mean())
 
-    def _choice(self, action: Any) -> int:
+    def _choice(self, action: Any, episode: Episode) -> int:
         """An action → a window, or STOP. Raises UserError for a number that is none."""
         if not self.continuous:
             if not 0 <= int(action) <= STOP:
@@ -178,9 +183,12 @@ class DetectVectorEnv(VectorEnv):
         if stop > 0:
             return STOP
         level = min(len(LEVELS) - 1, int((zoom + 1) / 2 * len(LEVELS)))
-        side = LEVELS[level][0]
-        column, row = (min(side - 1, int((v + 1) / 2 * side)) for v in (x, y))
-        return sum(n * n for n, _ in LEVELS[:level]) + row * side + column
+        first = sum(n * n for n, _ in LEVELS[:level])
+        seen = episode.looked[first : first + len(CENTRES[level])]
+        distances = np.linalg.norm(CENTRES[level] - (x, y), axis=1)
+        if not seen.all():
+            distances[seen] = np.inf
+        return first + int(distances.argmin())
 
     def _view(self, episode: Episode, window: int) -> Tensor:
         x, y, side = WINDOWS[window]

@@ -1,4 +1,4 @@
-"""Denoise-v0 on a tiny model: what it does is DDIM, it pays at the end, and control agents can train on it."""
+"""Denoise-v0 on a tiny model: it does DDIM, pays for what is handed in, and control agents can train on it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from agents.a2c import A2CConfig, train
 from envs.control.vector_env import ControlEnv
 from envs.vision import shipped_weights
-from envs.vision.denoise import DETECTOR_VARIABLE, MODEL_VARIABLE, DenoiseVectorEnv
+from envs.vision.denoise import DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE, DenoiseVectorEnv
 from launch.config import RunConfig
 from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
@@ -36,7 +36,7 @@ def make(folder: Path, num_envs: int = 3, **changes) -> DenoiseVectorEnv:
 
 
 def constant(env: DenoiseVectorEnv, guidance: float, eta: float, stride: int) -> np.ndarray:
-    one = [(guidance - 1) / 9 * 2 - 1, eta * 2 - 1, (stride - 1) / (env.max_stride - 1) * 2 - 1]
+    one = [(guidance - 1) / (MAX_GUIDANCE - 1) * 2 - 1, eta * 2 - 1, (stride - 1) / (env.max_stride - 1) * 2 - 1, -1]
     return np.tile(np.array(one, np.float32), (env.num_envs, 1))
 
 
@@ -49,12 +49,17 @@ def test_a_fixed_schedule_is_ddim(folder: Path) -> None:
     empty = model.encode_prompts([""] * 3)
     expected = denoise(model.unet, DDIM(model.scheduler.with_name("ddim"), 6), x, contexts, empty, guidance=4.0)
     for _ in range(6):
-        _, rewards, terminated, _, _ = env.step(constant(env, 4.0, 0.0, 1))
-    assert terminated.all()
+        observations, rewards, terminated, _, _ = env.step(constant(env, 4.0, 0.0, 1))
+        assert rewards.tolist() == pytest.approx([-0.1] * 3)
+        assert not terminated.any()
     torch.testing.assert_close(env._x_NZhw, expected, rtol=1e-4, atol=1e-4)
     brightness = model.decode_latents(expected).mean(dim=(1, 2, 3)).numpy()
-    assert rewards == pytest.approx(brightness - 0.1, abs=0.01)
+    assert observations[:, 2] == pytest.approx(brightness, abs=0.01)
     assert sorted(env.pictures) == [0, 1, 2]
+    _, rewards, terminated, _, _ = env.step(constant(env, 1.0, 1.0, 3))
+    assert terminated.all()
+    assert rewards == pytest.approx(brightness, abs=0.01)
+    torch.testing.assert_close(env._x_NZhw, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_longer_strides_end_sooner_and_each_picture_has_its_own_time(folder: Path) -> None:
@@ -62,21 +67,28 @@ def test_longer_strides_end_sooner_and_each_picture_has_its_own_time(folder: Pat
     env.reset(seed=0)
     strides = np.concatenate([constant(env, 2.0, 0.5, stride)[:1] for stride in (1, 2, 3)])
     ends = []
-    for _ in range(6):
+    for _ in range(7):
         observations, rewards, terminated, truncated, _ = env.step(strides)
         ends.append(terminated.tolist())
         assert not truncated.any()
         assert np.isfinite(observations).all()
-    assert np.transpose(ends).astype(int).tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0]]
+    assert np.transpose(ends).astype(int).tolist() == [
+        [0, 0, 0, 0, 0, 0, 1],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 1],
+    ]
     assert rewards[0] > 0  # paid at its end
     assert rewards[1] == pytest.approx(-0.1)  # in the midst of its second picture
-    assert rewards[2] == 0  # a dummy step
+    assert rewards[2] > 0
+    _, rewards, _, _, _ = env.step(strides)
+    assert rewards.tolist() == pytest.approx([0, -0.1, 0])  # dummy steps
 
 
 def test_after_the_end_a_dummy_step_begins_the_next_picture(folder: Path) -> None:
     env = make(folder, grid=1)
     first, _ = env.reset(seed=0)
-    _, _, terminated, _, _ = env.step(constant(env, 2.0, 0.0, 1))
+    for _ in range(2):
+        _, _, terminated, _, _ = env.step(constant(env, 2.0, 0.0, 1))
     assert terminated.all()
     observations, rewards, terminated, _, _ = env.step(constant(env, 2.0, 0.0, 1))
     assert not terminated.any()
@@ -88,11 +100,38 @@ def test_after_the_end_a_dummy_step_begins_the_next_picture(folder: Path) -> Non
 def test_a_reset_right_after_the_end_leaves_no_dummy_step(folder: Path) -> None:
     env = make(folder, grid=2)
     env.reset(seed=0)
-    env.step(constant(env, 2.0, 0.0, 2))
+    for _ in range(2):
+        env.step(constant(env, 2.0, 0.0, 2))
     env.reset()
     observations, rewards, _, _, _ = env.step(constant(env, 2.0, 0.0, 1))
     assert (observations[:, 0] == 0.5).all()
     assert rewards.tolist() == pytest.approx([-0.1] * 3)
+
+
+def test_another_picture_of_the_same_caption(folder: Path) -> None:
+    env = make(folder, max_steps=3)
+    env.reset(seed=0)
+    prompts, noise = env._prompt_N.copy(), env._x_NZhw.clone()
+    again = constant(env, 2.0, 0.0, 3)
+    again[1:, 3] = 0.1
+    env.step(again)
+    assert env._position_N.tolist() == [3, 3, 3]  # before a picture is finished that number counts for nothing
+    first, _, _, _, _ = env.step(again)
+    worth = first[:, 2]
+    assert (worth > 0).all()
+    observations, rewards, terminated, _, _ = env.step(again)
+    assert terminated.tolist() == [True, False, False]
+    assert rewards.tolist() == pytest.approx([worth[0], -0.1, -0.1])
+    assert env._position_N.tolist()[1:] == [3, 3]
+    assert env._prompt_N.tolist() == prompts.tolist()
+    assert observations[1:, 2].tolist() == [0, 0]
+    assert observations[1:, 1].tolist() == [1, 1]
+    observations, rewards, terminated, _, _ = env.step(again)  # there are no more steps for a third
+    assert terminated.tolist() == [False, True, True]
+    assert rewards[1:] == pytest.approx(observations[1:, 2] - 0.1)
+    assert not np.allclose(observations[1:, 2], worth[1:])
+    env.reset(seed=0)
+    assert torch.equal(env._x_NZhw, noise)
 
 
 def test_repeats_by_seed(folder: Path) -> None:
@@ -130,3 +169,5 @@ def test_a_control_agent_trains_on_it(folder: Path, tmp_path: Path) -> None:
 def test_bad_settings(folder: Path) -> None:
     with pytest.raises(UserError, match="max_stride 0"):
         make(folder, max_stride=0)
+    with pytest.raises(UserError, match="max_steps 0"):
+        make(folder, max_steps=0)

@@ -137,16 +137,26 @@ def test_scenes_differ_by_seed_environment_and_episode() -> None:
 
 def test_continuous_actions_name_the_same_windows() -> None:
     env = DetectVectorEnv(1, eye=eye_for_colours, continuous=True)
-    seen = set()
+    env.reset(seed=0)
+    episode, seen = env.episodes[0], set()
     for level, (n, _) in enumerate(LEVELS):
         zoom = (level + 0.5) / len(LEVELS) * 2 - 1
         for row in range(n):
             for column in range(n):
                 x, y = ((v + 0.5) / n * 2 - 1 for v in (column, row))
-                seen.add(env._choice([x, y, zoom, -1]))
+                seen.add(env._choice([x, y, zoom, -1], episode))
     assert seen == set(range(STOP))
-    assert env._choice([0, 0, 0, 0.1]) == STOP
-    assert env._choice([9, 9, 9, -9]) == STOP - 1  # clipped
+    assert env._choice([0, 0, 0, 0.1], episode) == STOP
+    assert env._choice([9, 9, 9, -9], episode) == STOP - 1  # clipped
+
+
+def test_continuous_actions_pass_over_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "make_scene", colourful_scene)
+    env = DetectVectorEnv(1, eye=eye_for_colours, continuous=True, max_looks=5)
+    env.reset(seed=0)
+    at_the_top_left = np.array([[-0.8, -0.9, 0.0, -1.0]], np.float32)
+    looked = [[env.step(at_the_top_left), np.flatnonzero(env.episodes[0].looked).tolist()][1] for _ in range(5)]
+    assert looked == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]]
 
 
 @pytest.fixture(scope="module")
