@@ -11,8 +11,8 @@ of what a long sequence moves. The backward passes are written out, in the oppos
 recomputes the scores, and adds to what the pass before it found for k, v and d, so that nothing is left for autograd to
 add up. Without decay `decay` is None, and the kernels are compiled without it.
 
-Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay float32 [B, H, N, chunk], states
-[B, H, N, F, C].
+The scan is in linear_attention_scan.py. Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay
+float32 [B, H, N, chunk], states [B, H, N, F, C].
 """
 
 # mypy: disallow-untyped-defs=False
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN = {"BLOCK": 64, "num_warps": 2}  # a scan waits for memory at each chunk: many small programs hide that
+from models.language import linear_attention_scan
+
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -38,27 +39,6 @@ def _tile(base, b, h, t, L, H, offset, STRIDE: tl.constexpr, WIDTH: tl.constexpr
 def _state(base, chunk, offset, F: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
     """Pointers to columns offset to offset + BC of one chunk's [F, C]."""
     return base + chunk * F * C + tl.arange(0, F)[:, None] * C + offset + tl.arange(0, BC)[None, :]
-
-
-@triton.jit
-def _decay_forward(log_g, decay, L, H, N, BT: tl.constexpr):
-    bh, n, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BT)
-    t = n * BT + i
-    at = ((bh // H) * L + t).to(tl.int64) * H + bh % H
-    summed = tl.cumsum(tl.load(log_g + at, mask=t < L, other=0.0).to(tl.float32), 0)
-    tl.store(decay + (bh.to(tl.int64) * N + n) * BT + i, summed)
-
-
-@triton.jit
-def _decay_backward(d_decay, d_kept, d_log_g, L, H, N, BLOCKS: tl.constexpr, BT: tl.constexpr):
-    bh, n, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BT)
-    chunk = bh.to(tl.int64) * N + n
-    d = tl.load(d_decay + chunk * BT + i)
-    if d_kept is not None:  # of the scan, which reads the chunk's last sum, in parts
-        d += tl.where(i == BT - 1, tl.sum(tl.load(d_kept + chunk * BLOCKS + tl.arange(0, BLOCKS)), 0), 0.0)
-    t = n * BT + i
-    at = ((bh // H) * L + t).to(tl.int64) * H + bh % H
-    tl.store(d_log_g + at, tl.cumsum(d, 0, reverse=True), mask=t < L)
 
 
 @triton.jit
@@ -191,43 +171,6 @@ def _read_backward(
     tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
 
 
-@triton.jit
-def _scan_forward(decay, states, state, last, N, SIZE: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
-    """In place: what each chunk writes becomes the state before it."""
-    bh = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(state + bh * SIZE + at, mask=at < SIZE, other=0.0)
-    for n in range(N):
-        here = states + (bh * N + n) * SIZE + at
-        written = tl.load(here, mask=at < SIZE, other=0.0)
-        tl.store(here, s, mask=at < SIZE)
-        if decay is not None:
-            s *= tl.exp(tl.load(decay + (bh * N + n) * BT + BT - 1))
-        s += written
-    tl.store(last + bh * SIZE + at, s, mask=at < SIZE)
-
-
-@triton.jit
-def _scan_backward(
-    decay, states, d_states, d_last, d_kept, d_state, N, SIZE: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """In place: the gradient of the state before each chunk becomes that of what the chunk writes."""
-    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    ds = tl.load(d_last + bh * SIZE + at, mask=at < SIZE, other=0.0)
-    for m in range(N):
-        n = N - 1 - m
-        here = (bh * N + n) * SIZE + at
-        d_before = tl.load(d_states + here, mask=at < SIZE, other=0.0)
-        tl.store(d_states + here, ds, mask=at < SIZE)
-        if decay is not None:
-            ds *= tl.exp(tl.load(decay + (bh * N + n) * BT + BT - 1))
-            s = tl.load(states + here, mask=at < SIZE, other=0.0)
-            tl.store(d_kept + (bh * N + n) * tl.num_programs(1) + block, tl.sum(ds * s, 0))
-        ds += d_before
-    tl.store(d_state + bh * SIZE + at, ds, mask=at < SIZE)
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -235,14 +178,12 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         batch, length, heads, features = k.shape
         chunks, channels = triton.cdiv(length, chunk), v.shape[-1]
-        decay = None if log_g is None else _summed(log_g, chunk)
+        decay = None if log_g is None else linear_attention_scan.summed(log_g, chunk)
         states = torch.empty(batch, heads, chunks, features, channels, dtype=v.dtype, device=v.device)
-        o, last, sizes = torch.empty_like(v), torch.empty_like(state), _sizes(k, v, chunk)
+        o, sizes = torch.empty_like(v), _sizes(k, v, chunk)
         grid = (batch * heads, chunks, channels // sizes["BC"])
         _write_forward[grid](k, v, decay, states, length, heads, chunks, **sizes)
-        blocks = triton.cdiv(features * channels, SCAN["BLOCK"])
-        scan = {"SIZE": features * channels, "BT": chunk, **SCAN}
-        _scan_forward[(batch * heads, blocks)](decay, states, state, last, chunks, **scan)
+        last = linear_attention_scan.forward(decay, states, state, chunk)
         _read_forward[grid](q, k, v, decay, states, o, length, heads, chunks, **sizes)
         ctx.save_for_backward(q, k, v, log_g, decay, states)
         ctx.chunk = chunk
@@ -251,16 +192,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_g, decay, states = ctx.saved_tensors
-        batch, heads, chunks, features, channels = states.shape
+        batch, heads, chunks = states.shape[:3]
         d_q, d_k, d_v, d_decay, d_states = _read_gradients(q, k, v, decay, states, d_o, ctx.chunk)
-        blocks = triton.cdiv(features * channels, SCAN["BLOCK"])
-        d_kept = None if decay is None else torch.empty(*decay.shape[:3], blocks, device=decay.device)
-        d_last = d_last.contiguous()
-        d_state, scan = torch.empty_like(d_last), {"SIZE": features * channels, "BT": ctx.chunk, **SCAN}
-        _scan_backward[(batch * heads, blocks)](decay, states, d_states, d_last, d_kept, d_state, chunks, **scan)
+        d_kept, d_state = linear_attention_scan.backward(decay, states, d_states, d_last.contiguous(), ctx.chunk)
         arguments = (k, v, decay, d_states, d_k, d_v, d_decay, k.shape[1], heads, chunks)
         _write_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, ctx.chunk, backward=True))
-        d_log_g = None if d_decay is None else _unsummed(d_decay, d_kept, log_g)
+        d_log_g = None if d_decay is None else linear_attention_scan.unsummed(d_decay, d_kept, log_g)
         return d_q, d_k, d_v, d_log_g, d_state, None
 
 
@@ -281,42 +218,14 @@ class _Read(torch.autograd.Function):
         return *_read_gradients(q, k, v, decay, before, d_o, ctx.chunk), None
 
 
-class _ChunkDecay(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, log_g: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(log_g)
-        return _summed(log_g, chunk)
-
-    @staticmethod
-    def backward(ctx: Any, d_decay: Tensor) -> tuple[Tensor, None]:
-        (log_g,) = ctx.saved_tensors
-        return _unsummed(d_decay.contiguous(), None, log_g), None
-
-
 def _read_gradients(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, before: Tensor, d_o: Tensor, chunk: int
-) -> list[Tensor | None]:
+) -> list[Any]:
     batch, heads, chunks = before.shape[:3]
     grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, decay, before)]
     arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
     _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, chunk, backward=True))
     return grads
-
-
-def _summed(log_g: Tensor, chunk: int) -> Tensor:
-    batch, length, heads = log_g.shape
-    chunks = triton.cdiv(length, chunk)
-    decay = torch.empty(batch, heads, chunks, chunk, dtype=torch.float32, device=log_g.device)
-    _decay_forward[(batch * heads, chunks)](log_g, decay, length, heads, chunks, BT=chunk, num_warps=1)
-    return decay
-
-
-def _unsummed(d_decay: Tensor, d_kept: Tensor | None, log_g: Tensor) -> Tensor:
-    batch, heads, chunks, chunk = d_decay.shape
-    d_log_g, blocks = torch.empty_like(log_g), 1 if d_kept is None else d_kept.shape[-1]
-    arguments = (d_decay, d_kept, d_log_g, log_g.shape[1], heads, chunks)
-    _decay_backward[(batch * heads, chunks)](*arguments, BLOCKS=blocks, BT=chunk, num_warps=1)
-    return d_log_g
 
 
 def _sizes(k: Tensor, v: Tensor, chunk: int, backward: bool = False) -> dict[str, int]:
@@ -340,8 +249,3 @@ def chunked(
         state = torch.zeros(k.shape[0], *k.shape[2:], v.shape[-1], device=v.device)
     log_g = None if log_g is None else log_g.contiguous()
     return _Chunked.apply(q.contiguous(), k.contiguous(), v.contiguous(), log_g, state.float().contiguous(), chunk)
-
-
-def chunk_decay(log_g: Tensor, chunk: int) -> Tensor:
-    """Log-decays summed from each chunk's start, float32 [B, H, N, chunk]."""
-    return _ChunkDecay.apply(log_g.contiguous(), chunk)
