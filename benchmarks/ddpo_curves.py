@@ -1,12 +1,12 @@
 """DDPO's two estimators over several seeds on one model and reward: does the reward rise, and how far?
 
-python -m benchmarks.ddpo_curves --device cuda --jobs 6           # the models of the package; six runs share a GPU
+python -m benchmarks.ddpo_curves --device cuda --jobs 6 --reward scene-agreement --recipe ddpo-scenes-gpu
 python -m benchmarks.ddpo_curves --model FOLDER --reward scene-agreement --detector runs/detr/model/final --device cuda
-python -m benchmarks.ddpo_curves --plot-only                    # the newest entry as a PNG, where matplotlib is
+python -m benchmarks.ddpo_curves --plot-only           # the newest entry of each reward as a PNG, where matplotlib is
 
-Each run is `longstride train ddpo` in a process of its own; other flags are passed on to it (--clip-range 1.6e-3 for
-latents of 16 × 16 × 4, say). The figures are rewards of held-out captions from the same
-noise before and after; the curves are of the samples that were trained on. Writes what it has if it is cut short.
+Each run is `longstride train ddpo` in a process of its own; other flags are passed on to it (--recipe, --iterations,
+say). The figures are rewards of held-out captions from the same noise before and after; the curves are of the samples
+that were trained on. Writes what it has if it is cut short.
 """
 
 import argparse
@@ -19,10 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.record import write_result
 from benchmarks.training_run import quietly, share_of_cores, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "ddpo_curves.json"
+PICTURE = Path("docs/images/ddpo_curves.png")
+SMOOTHED = 10  # iterations
 UPDATES = {"is": 2, "sf": 1}
 
 
@@ -36,10 +40,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, default=PICTURE)
     parser.add_argument("--plot-only", action="store_true")
     arguments, flags = parser.parse_known_args()  # what is left goes to the job, as it is
     if arguments.plot_only:
-        return plot(arguments.out)
+        return plot(arguments.out, arguments.plot)
     pairs = list(itertools.product(arguments.estimators, arguments.seeds))
     figures: dict[str, Any] = {"reward": arguments.reward, "flags": flags}
     try:
@@ -76,21 +81,23 @@ def one_run(arguments: argparse.Namespace, estimator: str, seed: int, flags: lis
     }
 
 
-def plot(results: Path) -> None:
-    """Rewards of the samples that were trained on, both estimators in one picture, beside the file of results."""
+def plot(results: Path, picture: Path) -> None:
+    """Rewards of the samples that were trained on, running means, both estimators in one picture for each reward."""
     from matplotlib.figure import Figure
 
-    figures = json.loads(results.read_text())[-1]["ours"]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for estimator, colour in (("is", "tab:blue"), ("sf", "tab:orange")):
-        for i, run in enumerate(figures.get(estimator, {}).get("runs", [])):
-            label = f"DDPO-{estimator.upper()}" if i == 0 else None
-            axes.plot(range(1, len(run["curve"]) + 1), run["curve"], color=colour, alpha=0.7, label=label)
-    axes.set(xlabel="iteration", ylabel=f"mean reward ({figures['reward']})")
-    axes.legend()
-    figure.savefig(results.with_suffix(".png"), dpi=120)
-    print(results.with_suffix(".png"))
+    newest = {entry["ours"]["reward"]: entry["ours"] for entry in json.loads(results.read_text())}
+    figure = Figure(figsize=(5 * len(newest), 4), layout="constrained")
+    for axes, (reward, figures) in zip(figure.subplots(1, len(newest), squeeze=False)[0], newest.items()):
+        for estimator, colour in (("is", "tab:blue"), ("sf", "tab:orange")):
+            for i, run in enumerate(figures.get(estimator, {}).get("runs", [])):
+                label = f"DDPO-{estimator.upper()}" if i == 0 else None
+                means = np.convolve(run["curve"], np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
+                axes.plot(range(SMOOTHED, SMOOTHED + len(means)), means, color=colour, alpha=0.7, label=label)
+        axes.set(xlabel="iteration", ylabel=f"{reward}, mean of {SMOOTHED} iterations")
+        axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    print(picture)
 
 
 if __name__ == "__main__":
