@@ -91,8 +91,9 @@ def plot(results: Path, picture: Path) -> None:
         for estimator, colour in (("is", "tab:blue"), ("sf", "tab:orange")):
             for i, run in enumerate(figures.get(estimator, {}).get("runs", [])):
                 label = f"DDPO-{estimator.upper()}" if i == 0 else None
-                means = np.convolve(run["curve"], np.full(SMOOTHED, 1 / SMOOTHED), mode="valid")
-                axes.plot(range(SMOOTHED, SMOOTHED + len(means)), means, color=colour, alpha=0.7, label=label)
+                width = min(SMOOTHED, len(run["curve"]))
+                means = np.convolve(run["curve"], np.full(width, 1 / width), mode="valid")
+                axes.plot(range(width, width + len(means)), means, color=colour, alpha=0.7, label=label)
         axes.set(xlabel="iteration", ylabel=f"{reward}, mean of {SMOOTHED} iterations")
         axes.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)

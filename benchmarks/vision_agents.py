@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks.record import write_result
 from benchmarks.training_run import quietly, share_of_cores, side_by_side
-from envs.vision.denoise import DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
+from envs.vision.denoise import ACTIONS, DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
 from envs.vision.detect import EYE_VARIABLE, STOP
 from envs.vision.settings import DEVICE_VARIABLE, SPLIT_VARIABLE
 
@@ -138,7 +138,7 @@ def _steering(guidance: float, stride: int) -> Policy:
 
 
 def random_steering(step: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(-1, 1, 4).astype(np.float32)
+    return rng.uniform(-1, 1, ACTIONS).astype(np.float32)
 
 
 def trained(config: Config, agent: str, name: str, seed: int) -> float:

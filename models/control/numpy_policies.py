@@ -198,7 +198,7 @@ class NumpySquashedGaussian:
         return np.tanh(outputs[..., : outputs.shape[-1] // 2])
 
     def log_probs(self, outputs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("SAC learns from the actions alone")
+        raise TypeError("SAC's learner draws its own actions: the density of those that were played is not kept")
 
 
 NumpyPolicy = (
