@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.language import linear_attention_kernels
+from models.language import linear_attention_kernels, linear_attention_scan
 from models.language.delta_rule import triangular_systems
 from models.language.linear_attention import decay_between
 
@@ -129,7 +129,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """As delta_rule.chunked; q and k are brought to the dtype of v."""
     q, k = q.to(v.dtype), k.to(v.dtype)
-    decay = linear_attention_kernels.chunk_decay(log_g, chunk)
+    decay = linear_attention_scan.chunk_decay(log_g, chunk)
     systems = triangular_systems(k, v, decay, decay_between(decay), beta)
     w, u, k_end = (x.to(v.dtype).contiguous() for x in systems)
     if state is None:

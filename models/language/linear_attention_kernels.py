@@ -7,11 +7,12 @@
 d is the log-decay summed from the chunk's start. What plain torch writes to memory between its products (scores and
 decays, [chunk, chunk] for each chunk and head) stays on the chip here. Products take the dtype of v and sum in float32,
 and so does the scan; the states before each chunk and their gradients are kept in the dtype of v, since they are most
-of what a long sequence moves. Backward passes are written out; each reads its inputs again and recomputes the scores.
-Without decay `decay` is None, and the kernels are compiled without it.
+of what a long sequence moves. The backward passes are written out, in the opposite order: each reads its inputs again,
+recomputes the scores, and adds to what the pass before it found for k, v and d, so that nothing is left for autograd to
+add up. Without decay `decay` is None, and the kernels are compiled without it.
 
-Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay float32 [B, H, N, chunk], states
-[B, H, N, F, C].
+The scan is in linear_attention_scan.py. Shapes as in linear_attention.py, F and C powers of two from 16 to 128; decay
+float32 [B, H, N, chunk], states [B, H, N, F, C].
 """
 
 # mypy: disallow-untyped-defs=False
@@ -22,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN = {"BLOCK": 64, "num_warps": 2}  # a scan waits for memory at each chunk: many small programs hide that
+from models.language import linear_attention_scan
+
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -77,14 +79,16 @@ def _write_backward(
         v_tile = tl.load(v_at, mask=exists, other=0.0)
         dw = tl.load(_state(d_written, chunk, offset, F, C, BC)).to(v_tile.dtype)
         dk += tl.dot(v_tile, tl.trans(dw), input_precision="ieee")
-        dv = tl.dot(k_end, dw, input_precision="ieee")
         dv_at, _ = _tile(d_v, bh // H, bh % H, t, L, H, offset, C, BC)
+        dv = tl.load(dv_at, mask=exists, other=0.0) + tl.dot(k_end, dw, input_precision="ieee")
         tl.store(dv_at, dv.to(v_tile.dtype), mask=exists)
     if decay is not None:
         dk = dk * fade
         shrink = tl.sum(dk * k_tile, 1)
-        tl.store(d_decay + chunk * BT + i, tl.where(i == BT - 1, tl.sum(shrink, 0), 0.0) - shrink)
+        at = d_decay + chunk * BT + i
+        tl.store(at, tl.load(at) + tl.where(i == BT - 1, tl.sum(shrink, 0), 0.0) - shrink)
     dk_at, _ = _tile(d_k, bh // H, bh % H, t, L, H, 0, F, F)
+    dk += tl.load(dk_at, mask=exists, other=0.0)
     tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
 
 
@@ -167,58 +171,34 @@ def _read_backward(
     tl.store(dk_at, dk.to(k_tile.dtype), mask=exists)
 
 
-@triton.jit
-def _scan_forward(log_kept, written, state, before, last, N, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    bh = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(state + bh * SIZE + at, mask=at < SIZE, other=0.0)
-    for n in range(N):
-        tl.store(before + (bh * N + n) * SIZE + at, s, mask=at < SIZE)
-        if log_kept is not None:
-            s *= tl.exp(tl.load(log_kept + bh * N + n))
-        s += tl.load(written + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
-    tl.store(last + bh * SIZE + at, s, mask=at < SIZE)
-
-
-@triton.jit
-def _scan_backward(
-    log_kept, before, d_before, d_last, d_kept, d_written, d_state, N, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    ds = tl.load(d_last + bh * SIZE + at, mask=at < SIZE, other=0.0)
-    for m in range(N):
-        n = N - 1 - m
-        tl.store(d_written + (bh * N + n) * SIZE + at, ds, mask=at < SIZE)
-        if log_kept is not None:
-            ds *= tl.exp(tl.load(log_kept + bh * N + n))
-            s = tl.load(before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
-            tl.store(d_kept + (bh * N + n) * tl.num_programs(1) + block, tl.sum(ds * s, 0))
-        ds += tl.load(d_before + (bh * N + n) * SIZE + at, mask=at < SIZE, other=0.0)
-    tl.store(d_state + bh * SIZE + at, ds, mask=at < SIZE)
-
-
-class _Write(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -> Tensor:
-        ctx.save_for_backward(k, v, decay)
-        ctx.chunk = chunk
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         batch, length, heads, features = k.shape
-        chunks = triton.cdiv(length, chunk)
-        written = torch.empty(batch, heads, chunks, features, v.shape[-1], dtype=v.dtype, device=v.device)
-        sizes = _sizes(k, v, chunk)
-        grid = (batch * heads, chunks, v.shape[-1] // sizes["BC"])
-        _write_forward[grid](k, v, decay, written, length, heads, chunks, **sizes)
-        return written
+        chunks, channels = triton.cdiv(length, chunk), v.shape[-1]
+        decay = None if log_g is None else linear_attention_scan.summed(log_g, chunk)
+        states = torch.empty(batch, heads, chunks, features, channels, dtype=v.dtype, device=v.device)
+        o, sizes = torch.empty_like(v), _sizes(k, v, chunk)
+        grid = (batch * heads, chunks, channels // sizes["BC"])
+        _write_forward[grid](k, v, decay, states, length, heads, chunks, **sizes)
+        last = linear_attention_scan.forward(decay, states, state, chunk)
+        _read_forward[grid](q, k, v, decay, states, o, length, heads, chunks, **sizes)
+        ctx.save_for_backward(q, k, v, log_g, decay, states)
+        ctx.chunk = chunk
+        return o, last
 
     @staticmethod
-    def backward(ctx: Any, d_written: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, decay = ctx.saved_tensors
-        batch, heads, chunks = d_written.shape[:3]
-        grads = [None if x is None else torch.empty_like(x) for x in (k, v, decay)]
-        arguments = (k, v, decay, d_written.contiguous(), *grads, k.shape[1], heads, chunks)
+    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_g, decay, states = ctx.saved_tensors
+        batch, heads, chunks = states.shape[:3]
+        d_q, d_k, d_v, d_decay, d_states = _read_gradients(q, k, v, decay, states, d_o, ctx.chunk)
+        d_kept, d_state = linear_attention_scan.backward(decay, states, d_states, d_last.contiguous(), ctx.chunk)
+        arguments = (k, v, decay, d_states, d_k, d_v, d_decay, k.shape[1], heads, chunks)
         _write_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, ctx.chunk, backward=True))
-        return *grads, None
+        d_log_g = None if d_decay is None else linear_attention_scan.unsummed(d_decay, d_kept, log_g)
+        return d_q, d_k, d_v, d_log_g, d_state, None
 
 
 class _Read(torch.autograd.Function):
@@ -235,36 +215,17 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, before = ctx.saved_tensors
-        batch, heads, chunks = before.shape[:3]
-        grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, decay, before)]
-        arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
-        _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, ctx.chunk, backward=True))
-        return *grads, None
+        return *_read_gradients(q, k, v, decay, before, d_o, ctx.chunk), None
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, log_kept: Tensor | None, written: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        batch, heads, chunks, *size = written.shape
-        before, last = torch.empty_like(written), torch.empty_like(state)
-        size_FC = size[0] * size[1]
-        grid = (batch * heads, triton.cdiv(size_FC, SCAN["BLOCK"]))
-        _scan_forward[grid](log_kept, written, state, before, last, chunks, SIZE=size_FC, **SCAN)
-        ctx.save_for_backward(log_kept, None if log_kept is None else before)
-        return before, last
-
-    @staticmethod
-    def backward(ctx: Any, d_before: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        log_kept, before = ctx.saved_tensors
-        batch, heads, chunks, *size = d_before.shape
-        size_FC = size[0] * size[1]
-        blocks = triton.cdiv(size_FC, SCAN["BLOCK"])
-        d_kept = None if log_kept is None else torch.empty(*log_kept.shape, blocks, device=log_kept.device)
-        d_before, d_last = d_before.contiguous(), d_last.contiguous()
-        d_written, d_state = torch.empty_like(d_before), torch.empty_like(d_last)
-        arguments = (log_kept, before, d_before, d_last, d_kept, d_written, d_state, chunks)
-        _scan_backward[(batch * heads, blocks)](*arguments, SIZE=size_FC, **SCAN)
-        return None if d_kept is None else d_kept.sum(-1), d_written, d_state
+def _read_gradients(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, before: Tensor, d_o: Tensor, chunk: int
+) -> list[Any]:
+    batch, heads, chunks = before.shape[:3]
+    grads = [None if x is None else torch.empty_like(x) for x in (q, k, v, decay, before)]
+    arguments = (q, k, v, decay, before, d_o.contiguous(), *grads, k.shape[1], heads, chunks)
+    _read_backward[(batch * heads, chunks)](*arguments, **_sizes(k, v, chunk, backward=True))
+    return grads
 
 
 def _sizes(k: Tensor, v: Tensor, chunk: int, backward: bool = False) -> dict[str, int]:
@@ -274,18 +235,9 @@ def _sizes(k: Tensor, v: Tensor, chunk: int, backward: bool = False) -> dict[str
     return {"F": features, "C": channels, "BC": block, "BT": chunk, "num_warps": 8 if wide or backward else 4}
 
 
-def write(k: Tensor, v: Tensor, decay: Tensor | None, chunk: int) -> Tensor:
-    return _Write.apply(k.contiguous(), v.contiguous(), decay, chunk)
-
-
 def read(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, before: Tensor, chunk: int) -> Tensor:
+    """What each token reads, when the states before each chunk are known."""
     return _Read.apply(q.contiguous(), k.contiguous(), v.contiguous(), decay, before.contiguous(), chunk)
-
-
-def scan(log_kept: Tensor | None, written: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    if state is None:
-        state = torch.zeros_like(written[:, :, 0], dtype=torch.float32)
-    return _Scan.apply(log_kept, written, state.float().contiguous())
 
 
 def chunked(
@@ -293,15 +245,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """As linear_attention.chunked; q and k are brought to the dtype of v."""
     q, k = q.to(v.dtype), k.to(v.dtype)
-    decay = None if log_g is None else chunk_decay(log_g, chunk)
-    log_kept = None if decay is None else decay[..., -1].contiguous()
-    before, last = scan(log_kept, write(k, v, decay, chunk), state)
-    return read(q, k, v, decay, before, chunk), last
-
-
-def chunk_decay(log_g: Tensor, chunk: int) -> Tensor:
-    """Log-decays summed from each chunk's start, float32 [B, H, N, chunk]."""
-    length = log_g.shape[1]
-    chunks = triton.cdiv(length, chunk)
-    padded = torch.nn.functional.pad(log_g.float(), (0, 0, 0, chunks * chunk - length))
-    return padded.mT.unflatten(2, (chunks, chunk)).cumsum(3).contiguous()
+    if state is None:
+        state = torch.zeros(k.shape[0], *k.shape[2:], v.shape[-1], device=v.device)
+    log_g = None if log_g is None else log_g.contiguous()
+    return _Chunked.apply(q.contiguous(), k.contiguous(), v.contiguous(), log_g, state.float().contiguous(), chunk)

@@ -7,8 +7,16 @@ from torch import Tensor
 from models.language import linear_attention
 from tests.models.language.kernels import Operator, check_in_the_interpreter, differences
 
-# length, F, C, with decay, chunk: one chunk, several, a partial last one; v read in one block of channels and in two
-CASES = [(16, 16, 16, True, 16), (70, 16, 32, True, 16), (70, 16, 16, False, 16), (70, 32, 128, True, 64)]
+# length, F, C, with decay, chunk: one chunk, several, a partial last one, more than a scan reads at once; v read in one
+# block of channels and in two
+CASES = [
+    (16, 16, 16, True, 16),
+    (70, 16, 32, True, 16),
+    (70, 16, 16, False, 16),
+    (70, 32, 128, True, 64),
+    (300, 16, 16, True, 16),
+    (256, 16, 16, False, 16),
+]
 
 
 def compare(length: int, features: int, channels: int, with_decay: bool, chunk: int) -> list[float]:
