@@ -3,7 +3,7 @@
 python -m benchmarks.detr_speed                            # on the GPU
 python -m benchmarks.detr_speed --toy                      # to see that it runs, on the CPU
 
-Ours: frozen batch norms folded into the convolutions, channels last, torch.compile. Theirs: SDPA attention (its
+Ours: the fused backbone (models/detr/fused_resnet.py), torch.compile. Theirs: SDPA attention (its
 default), plain, channels last, and with torch.compile in the same mode; the fastest of these counts. Images are padded
 as a real batch is (one of them is smaller), and theirs gets the same mask. Each compilation takes most of a minute.
 Writes what it has if it is cut short.
@@ -26,7 +26,7 @@ from benchmarks.record import write_result
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.config import DetrConfig, ResNetConfig
 from models.detr.detr import Detr
-from models.detr.resnet import fold_batch_norms
+from models.detr.fused_resnet import fuse
 
 COMPILED = "reduce-overhead"  # with CUDA graphs
 
@@ -102,9 +102,8 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 def ours(folder: str, dtype: torch.dtype, device: str, compiled: bool) -> Forward:
     model = load_detr(folder)
-    fold_batch_norms(model.backbone)
+    fuse(model.backbone)
     model = model.to(device, dtype).eval()
-    _channels_last(model.backbone)
     network: Any = torch.compile(model, mode=COMPILED, dynamic=False) if compiled else model
 
     @torch.no_grad()

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def attention(q_BLC: Tensor, k_BMC: Tensor, v_BMC: Tensor, heads: int) -> Tensor:
+    """softmax(Q Kᵀ / √K) V of each head, (B, L, C)."""
+    q_BNLK, k_BNMK, v_BNMK = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q_BLC, k_BMC, v_BMC))
+    return F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK).transpose(1, 2).flatten(2)
+
+
 class Projections(nn.Module):
-    """softmax(Q Kᵀ / √d) V with Q from x and K, V from the context.
+    """Attention with Q from x and K, V from the context.
 
     qkv_bias: the autoencoder's projections have a bias, the UNet's have none.
     """
@@ -18,17 +24,12 @@ class Projections(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_k: nn.Module = nn.Linear(context_width, width, bias=qkv_bias)
+        self.to_v: nn.Module = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def attend(self, x_BLC: Tensor, context_BMD: Tensor) -> Tensor:
-        q_BNLK, k_BNMK, v_BNMK = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.to_q(x_BLC), self.to_k(context_BMD), self.to_v(context_BMD))
-        )
-        y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK)
-        return self.to_out[0](y_BNLK.transpose(1, 2).flatten(2))
+        return self.to_out[0](attention(self.to_q(x_BLC), self.to_k(context_BMD), self.to_v(context_BMD), self.heads))
 
 
 class Attention(Projections):
@@ -80,9 +81,9 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, width, heads)
+        self.attn1: nn.Module = Attention(width, width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, context_width, heads)
+        self.attn2: nn.Module = Attention(width, context_width, heads)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 

@@ -89,6 +89,7 @@ def denoise(
     first_step: int = 0,
 ) -> Tensor:
     """Take the latents through the scheduler's steps, from `first_step` on."""
+    context_BME, empty_BME = unet.read(context_BME), unet.read(empty_BME)
     for i in range(first_step, len(scheduler.timesteps)):
         prediction_BZhw = guided_prediction(
             unet, scheduler.model_input(x_BZhw, i), scheduler.timesteps[i], context_BME, empty_BME, guidance

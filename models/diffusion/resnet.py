@@ -19,7 +19,7 @@ class ResnetBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_dim is not None:
-            self.time_emb_proj = nn.Linear(time_dim, out_channels)
+            self.time_emb_proj: nn.Module = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -29,7 +29,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x_BCHW: Tensor, time_BD: Tensor | None = None) -> Tensor:
         y_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
         if time_BD is not None:
-            y_BCHW = y_BCHW + self.time_emb_proj(F.silu(time_BD))[:, :, None, None]
+            y_BCHW = y_BCHW + self.time_emb_proj(time_BD)[:, :, None, None]
         y_BCHW = self.conv2(F.silu(self.norm2(y_BCHW)))
         return y_BCHW + (self.conv_shortcut(x_BCHW) if self._changes_width else x_BCHW)
 

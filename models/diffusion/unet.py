@@ -18,15 +18,16 @@ EPS = 1e-5
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or the velocity) in a noisy latent."""
+    """Predicts the noise (or the velocity) in a noisy latent: unet(x, time, unet.read(context))."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         widths = config.block_out_channels
         time_dim = 4 * widths[0]
+        self.read: nn.Module = nn.Identity()  # of the context, before the first step; see fused_unet.py
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], time_dim)
+        self.time_embedding: nn.Module = TimeEmbedding(widths[0], time_dim)
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of the feature maps that the way up will meet, the latest last
@@ -72,7 +73,8 @@ class UNet(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep (Vaswani et al. 2017), cosines first, through a two-layer perceptron."""
+    """Sinusoids of the timestep (Vaswani et al. 2017), cosines first, through a two-layer perceptron, and the SiLU with
+    which every residual block begins."""
 
     def __init__(self, sinusoids: int, width: int) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=time_B.device) / half)
         angles = time_B.float()[:, None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        return F.silu(self.linear_2(F.silu(self.linear_1(sinusoids))))
 
 
 class DownBlock(nn.Module):
