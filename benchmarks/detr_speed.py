@@ -11,6 +11,8 @@ Writes what it has if it is cut short.
 
 import dataclasses
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
     device = "cpu" if config.toy else "cuda"
     dtype = torch.float32 if config.toy else torch.bfloat16
     shape = DetrConfig()

@@ -11,7 +11,9 @@ when it is known, and writes what it has if it is cut short.
 
 import argparse
 import gc
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,7 @@ SETTINGS: dict[str, dict[str, bool]] = {
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["sd_v1", "toy"], default="sd_v1")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])

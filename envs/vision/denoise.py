@@ -66,7 +66,7 @@ class DenoiseVectorEnv(VectorEnv):
         grid: int = 20,
         max_stride: int = 4,
         max_steps: int = 40,
-        cost: float = 0.02,
+        cost: float = 0.005,
         split: Split | None = None,
         device: str | None = None,
     ) -> None:
