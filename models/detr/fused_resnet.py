@@ -15,32 +15,29 @@ from models.detr.resnet import Block, ResNet, fold_batch_norms
 
 @torch.library.custom_op("longstride::pointwise", mutates_args=())
 def pointwise(
-    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor | None, before_K: Tensor | None, residual_BNHW: Tensor | None,
-    relu: bool,
+    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor, before_K: Tensor | None, residual_BNHW: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """[relu](relu(x + before) Wᵀ + bias + residual) at every pixel; without `before` x enters as it is."""
+    """relu(relu(x + before) Wᵀ + bias + residual) at every pixel; without `before` x enters as it is."""
     if before_K is not None:
         x_BKHW = F.relu(x_BKHW + before_K[:, None, None])
     y_BNHW = F.conv2d(x_BKHW, weight_NK[:, :, None, None], bias_N)
     if residual_BNHW is not None:
         y_BNHW = y_BNHW + residual_BNHW
-    return _channels_last(F.relu(y_BNHW) if relu else y_BNHW)
+    return F.relu(y_BNHW).contiguous(memory_format=torch.channels_last)
 
 
 @pointwise.register_kernel("cuda")
 def _(
-    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor | None, before_K: Tensor | None, residual_BNHW: Tensor | None,
-    relu: bool,
+    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor, before_K: Tensor | None, residual_BNHW: Tensor | None
 ) -> Tensor:  # fmt: skip
     from models.detr import pointwise_kernels
 
-    return pointwise_kernels.pointwise(x_BKHW, weight_NK, bias_N, before_K, residual_BNHW, relu)
+    return pointwise_kernels.pointwise(x_BKHW, weight_NK, bias_N, before_K, residual_BNHW)
 
 
 @pointwise.register_fake
 def _(
-    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor | None, before_K: Tensor | None, residual_BNHW: Tensor | None,
-    relu: bool,
+    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor, before_K: Tensor | None, residual_BNHW: Tensor | None
 ) -> Tensor:  # fmt: skip
     batch, _, rows, columns = x_BKHW.shape
     return x_BKHW.new_empty((batch, rows, columns, len(weight_NK))).permute(0, 3, 1, 2)
@@ -67,8 +64,8 @@ class FusedBottleneck(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         shortcut_BCHW = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
-        y_BCHW = self.conv2(pointwise(x_BCHW, self.first_weight, self.first_bias, None, None, True))
-        return pointwise(y_BCHW, self.last_weight, self.last_bias, self.middle_bias, shortcut_BCHW, True)
+        y_BCHW = self.conv2(pointwise(x_BCHW, self.first_weight, self.first_bias, None, None))
+        return pointwise(y_BCHW, self.last_weight, self.last_bias, self.middle_bias, shortcut_BCHW)
 
 
 @torch.no_grad()
@@ -92,7 +89,3 @@ def _bias(conv: nn.Module) -> Tensor:
 
 def _frozen(x: Tensor) -> nn.Parameter:
     return nn.Parameter(x.detach().clone(), requires_grad=False)
-
-
-def _channels_last(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW.contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ CONFIGS = [triton.Config({"BM": m, "BN": n, "BK": k}, num_warps=w, num_stages=s)
 @triton.autotune(CONFIGS, key=["N", "K", "IEEE"])
 @triton.jit
 def _pointwise(
-    x, weight, bias, before, residual, y, M, N: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, IEEE: tl.constexpr,
+    x, weight, bias, before, residual, y, M, N: tl.constexpr, K: tl.constexpr, IEEE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share the rows of x: it is read from memory once and from the cache after that.
@@ -35,19 +35,15 @@ def _pointwise(
             a = tl.maximum(a + tl.load(before + k, mask=k < K, other=0.0)[None, :], 0.0).to(x.dtype.element_ty)
         b = tl.load(weight + n[None, :] * K + k[:, None], mask=within & (k[:, None] < K), other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee" if IEEE else "tf32")
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+    total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     at = m[:, None] * N + n[None, :]
     if residual is not None:
         total += tl.load(residual + at, mask=rows & within, other=0.0)
-    if RELU:
-        total = tl.maximum(total, 0.0)
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=rows & within)
+    tl.store(y + at, tl.maximum(total, 0.0).to(y.dtype.element_ty), mask=rows & within)
 
 
 def pointwise(
-    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor | None, before_K: Tensor | None, residual_BNHW: Tensor | None,
-    relu: bool,
+    x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor, before_K: Tensor | None, residual_BNHW: Tensor | None
 ) -> Tensor:  # fmt: skip
     """(B, N, H, W), channels last. x and residual lie channels last too; no gradients."""
     x_BHWK = x_BKHW.permute(0, 2, 3, 1).contiguous()
@@ -56,7 +52,7 @@ def pointwise(
     pixels = x_BHWK.numel() // inputs
     y_BHWN = x_BHWK.new_empty((*x_BHWK.shape[:3], outputs))
     _pointwise[lambda tile: (triton.cdiv(pixels, tile["BM"]) * triton.cdiv(outputs, tile["BN"]),)](
-        x_BHWK, weight_NK, bias_N, before_K, residual_BHWN, y_BHWN, pixels, outputs, inputs, relu,
+        x_BHWK, weight_NK, bias_N, before_K, residual_BHWN, y_BHWN, pixels, outputs, inputs,
         x_BHWK.dtype == torch.float32,
     )  # fmt: skip
     return y_BHWN.permute(0, 3, 1, 2)
