@@ -125,12 +125,14 @@ def adapted_row_norms(weight_NM: Tensor, a_RM: Tensor, b_NR: Tensor, scaling: fl
     """‖W + s B A‖ of each row, float32 [N], without a second matrix of W's size:
 
     ‖w + s A b‖² = ‖w‖² + 2 s (A w)·b + s² b·(A Aᵀ) b
+
+    The parts can cancel, so they are added in float64.
     """
-    cross_NR = F.linear(weight_NM, a_RM).float()
-    a_RM, b_NR = a_RM.float(), b_NR.float()
+    cross_NR = F.linear(weight_NM, a_RM).double()
+    a_RM, b_NR = a_RM.double(), b_NR.double()
     low_rank_NR = 2 * scaling * cross_NR + scaling**2 * (b_NR @ (a_RM @ a_RM.mT))
-    squared_N = row_norms(weight_NM).square() + (low_rank_NR * b_NR).sum(-1)
-    return squared_N.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    squared_N = row_norms(weight_NM).double().square() + (low_rank_NR * b_NR).sum(-1)
+    return squared_N.clamp(min=torch.finfo(torch.float32).tiny).sqrt().float()
 
 
 class _ScaleColumns(torch.autograd.Function):
