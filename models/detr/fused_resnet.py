@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from models.detr.resnet import Block, ResNet, fold_batch_norms
 
 
-@torch.library.custom_op("longstride::pointwise", mutates_args=())
+@library.custom_op("longstride::pointwise", mutates_args=())
 def pointwise(
     x_BKHW: Tensor, weight_NK: Tensor, bias_N: Tensor, before_K: Tensor | None, residual_BNHW: Tensor | None
 ) -> Tensor:  # fmt: skip

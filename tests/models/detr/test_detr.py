@@ -6,7 +6,7 @@ from models.detr.detr import IMAGE_MEAN, IMAGE_STD, Detr, normalise_images
 from models.detr.position import sine_position
 from models.detr.resnet import ResNet, fold_batch_norms
 from models.errors import UserError
-from tests.models.detr.small import SMALL
+from tests.models.detr.small import SMALL, resnet_with_statistics
 
 
 def test_padding_changes_nothing() -> None:
@@ -37,11 +37,7 @@ def test_positions_do_not_depend_on_padding() -> None:
 
 
 def test_folded_batch_norms_compute_the_same() -> None:
-    torch.manual_seed(0)
-    resnet = ResNet(ResNetConfig("bottleneck", (2, 1), (16, 32), 8)).eval()
-    for name, buffer in resnet.named_buffers():
-        buffer.copy_(torch.rand(buffer.shape) + 0.5 if "var" in name else torch.randn(buffer.shape))
-    images = torch.randn(2, 3, 64, 64)
+    resnet, images = resnet_with_statistics(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = resnet(images)
         fold_batch_norms(resnet)

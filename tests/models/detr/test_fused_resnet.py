@@ -7,21 +7,17 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
-from models.detr.config import ResNetConfig
 from models.detr.fused_resnet import fuse, pointwise
-from models.detr.resnet import ResNet
+from tests.models.detr.small import resnet_with_statistics
 
 SHAPES = [(2, 5, 7, 16, 32), (1, 12, 16, 96, 16), (3, 4, 4, 64, 160)]  # B, H, W, K, N
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "basic"])
 def test_a_fused_resnet_computes_the_same(kind: str) -> None:
-    torch.manual_seed(0)
-    resnet = ResNet(ResNetConfig(kind, (2, 2), (32, 64), 8)).eval()
-    for name, buffer in resnet.named_buffers():
-        buffer.copy_(torch.rand(buffer.shape) + 0.5 if "var" in name else torch.randn(buffer.shape))
-    images = torch.randn(2, 3, 64, 96)
+    resnet, images = resnet_with_statistics(kind), torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         before = resnet(images)
         fuse(resnet)
@@ -34,7 +30,7 @@ def test_a_fused_resnet_computes_the_same(kind: str) -> None:
 def test_the_operator_is_what_a_compiler_is_told_it_is() -> None:
     x, weight = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last), torch.randn(32, 16)
     residual = torch.randn(2, 32, 5, 7).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(pointwise, (x, weight, torch.randn(32), torch.randn(16), residual))
+    library.opcheck(pointwise, (x, weight, torch.randn(32), torch.randn(16), residual))
 
 
 def differences() -> list[float]:
