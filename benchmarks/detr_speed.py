@@ -11,8 +11,6 @@ Writes what it has if it is cut short.
 
 import dataclasses
 import json
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.record import write_result
+from benchmarks.record import end_in_order, write_result
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.config import DetrConfig, ResNetConfig
 from models.detr.detr import Detr
@@ -45,7 +43,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
+    end_in_order()
     device = "cpu" if config.toy else "cuda"
     dtype = torch.float32 if config.toy else torch.bfloat16
     shape = DetrConfig()

@@ -11,9 +11,7 @@ when it is known, and writes what it has if it is cut short.
 
 import argparse
 import gc
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.record import write_result
+from benchmarks.record import end_in_order, write_result
 from models.diffusion.config import UNetConfig
 from models.diffusion.fused_unet import fuse
 from models.diffusion.unet import UNet
@@ -41,7 +39,7 @@ SETTINGS: dict[str, dict[str, bool]] = {
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["sd_v1", "toy"], default="sd_v1")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])

@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.record import write_result
+from benchmarks.record import end_in_order, write_result
 from llm_rl.logprobs import token_logprobs
 from llm_rl.optimizer import MasterAdamW
 from models.language.checkpoint import to_checkpoint
@@ -60,7 +58,7 @@ def main(config: Config) -> None:
     if config.toy:
         config = dataclasses.replace(config, sequences=2, length=64)
     shape = TOY if config.toy else QWEN_1_5B
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
+    end_in_order()
     ours: dict[str, Any] = {}
     peer: dict[str, Any] = {}
     try:

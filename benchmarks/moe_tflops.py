@@ -10,8 +10,6 @@ K·I), `loop` goes from expert to expert. `parts_ms` says where the layer's time
 """
 
 import dataclasses
-import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.record import write_result
+from benchmarks.record import end_in_order, write_result
 from models.language.config import LanguageConfig
 from models.language.dispatch import Dispatch
 from models.language.experts import GroupedLinear, grouped_swiglu, looped_swiglu, weighted_swiglu
@@ -58,7 +56,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit still writes what was measured
+    end_in_order()
     torch.manual_seed(0)
     timer = Timer(config.device, config.seconds)
     side = 256 if config.toy else 8192

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+
+from benchmarks.record import end_in_order
 
 Result = TypeVar("Result")
 _running: set[subprocess.Popen[str]] = set()  # of `quietly`
@@ -59,7 +59,7 @@ def side_by_side(work: Sequence[Callable[[], Result]], at_once: int) -> Iterator
     Each is a thread that waits for the processes that it starts by `quietly`. When one fails, or this process is ended
     by Ctrl-C or SIGTERM, the processes of the others are ended too.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_in_order()
     threads = ThreadPoolExecutor(at_once)
     numbers = {threads.submit(piece): number for number, piece in enumerate(work)}
     try:
