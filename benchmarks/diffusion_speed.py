@@ -4,9 +4,9 @@ python -m benchmarks.diffusion_speed                    # on a GPU: bfloat16, ba
 python -m benchmarks.diffusion_speed --size toy         # anywhere, in seconds
 
 Both run in one process, in turns, under each of the settings that diffusers documents: as they are, with channels last,
-compiled with channels last and fused projections (theirs by `fuse_qkv_projections`, ours by fused_unet.py, which reads
-the text once for all steps). The ratio is between the best setting of each; above 1 we are faster. Prints each figure
-when it is known, and writes what it has if it is cut short.
+compiled with channels last and fused projections: theirs by `fuse_qkv_projections` and `reduce-overhead`, ours by
+fused_unet.py, which reads the text once for all steps, and graphed_unet.py. The ratio is between the best setting of
+each; above 1 we are faster. Prints each figure when it is known, and writes what it has if it is cut short.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch import nn
 from benchmarks.record import end_in_order, write_result
 from models.diffusion.config import UNetConfig
 from models.diffusion.fused_unet import fuse
+from models.diffusion.graphed_unet import GraphedUNet
 from models.diffusion.unet import UNet
 
 RESULTS = Path(__file__).parent / "results" / "diffusion_speed.json"
@@ -117,7 +118,7 @@ def prepare(
     unet: Any, is_ours: bool, x: torch.Tensor, time_at: torch.Tensor, context: torch.Tensor,
     channels_last: bool = False, compiled: bool = False,
 ) -> Callable[[], Any]:  # fmt: skip
-    """A function that makes one step. compiled: fused projections, CUDA graphs (diffusers' `reduce-overhead`)."""
+    """A function that makes one step. compiled: fused projections and CUDA graphs (theirs by `reduce-overhead`)."""
     if compiled and is_ours:
         fuse(unet)
         context = unet.read(context)
@@ -126,9 +127,10 @@ def prepare(
     if channels_last:
         unet = unet.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
-    run: Any = torch.compile(unet, mode="reduce-overhead", fullgraph=True) if compiled else unet
     if is_ours:
+        run: Any = GraphedUNet(torch.compile(unet, fullgraph=True)) if compiled and x.is_cuda else unet
         return lambda: run(x, time_at, context)
+    run = torch.compile(unet, mode="reduce-overhead", fullgraph=True) if compiled else unet
     return lambda: run(x, time_at, encoder_hidden_states=context, return_dict=False)[0]
 
 

@@ -25,6 +25,7 @@ from agents.vision.ddpo_loss import (
 from agents.vision.prompt_statistics import PromptStatistics
 from envs.vision.shipped_weights import scenes_model
 from models.diffusion.folder import load_folder, save_folder
+from models.diffusion.graphed_unet import GraphedUNet
 from models.diffusion.lora import attach_lora, save_lora
 from models.diffusion.noise_schedule import draw_noise
 from models.diffusion.pipeline import guided_prediction
@@ -68,6 +69,7 @@ class DDPOLearner:
             attach_lora(self.model.unet, lora, derive_seed(seed, "lora"))
         else:
             self.model.unet.requires_grad_(True)
+        self.denoiser = GraphedUNet(self.model.unet) if self.device.type == "cuda" else self.model.unet
         self.trained = {name: p for name, p in self.model.unet.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -160,7 +162,7 @@ class DDPOLearner:
         count, images = x_GBZhw.shape[:2]
         contexts_GBME = contexts_BME.repeat(count, 1, 1)
         prediction = guided_prediction(
-            self.model.unet,
+            self.denoiser,
             x_GBZhw.flatten(0, 1),
             self.times_S[steps.start : steps.stop].repeat_interleave(images),
             contexts_GBME,

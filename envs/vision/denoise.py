@@ -25,6 +25,7 @@ from envs.vision.loaded_models import shared_diffusion
 from envs.vision.scenes import SceneConfig, Split, scene_caption
 from envs.vision.settings import vision_device, vision_split
 from envs.vision.shipped_weights import scenes_model
+from models.diffusion.graphed_unet import GraphedUNet
 from models.diffusion.noise_schedule import draw_noise
 from models.diffusion.schedulers import DDIM
 from models.errors import UserError
@@ -81,6 +82,8 @@ class DenoiseVectorEnv(VectorEnv):
         self.num_envs, self.cost = num_envs, cost
         self.max_stride, self.max_steps = max_stride, max_steps
         self._model = shared_diffusion(model, device)
+        unet = self._model.unet
+        self._unet = GraphedUNet(unet) if device.startswith("cuda") else unet
         self._scorer = RewardScorer(reward, eye, device)
         self._ddim = DDIM(self._model.scheduler.with_name("ddim"), grid)
         self._alpha_bars = torch.tensor(self._ddim.alpha_bars(), device=device)  # of the grid and of its end
@@ -161,7 +164,7 @@ class DenoiseVectorEnv(VectorEnv):
         begin = self._position_N[which]
         end = np.minimum(begin + strides, len(self._times))
         x_BZhw = self._x_NZhw[which]
-        without, with_text = self._predictions(x_BZhw, self._times[begin], self._contexts_PME[self._prompt_N[which]])
+        without, with_text = (prediction_NZhw[which] for prediction_NZhw in self._predictions())
         prediction_BZhw = without + guidance_B * (with_text - without)
         alpha_bar, alpha_bar_end = (self._alpha_bars[at][:, None, None, None] for at in (begin, end))
         x0_BZhw, noise_BZhw = self._ddim.x0_and_noise(prediction_BZhw, x_BZhw, alpha_bar)
@@ -176,10 +179,14 @@ class DenoiseVectorEnv(VectorEnv):
         self._position_N[which] = end
         self._steps_N[which] += 1
 
-    def _predictions(self, x_BZhw: Tensor, time_B: Tensor, context_BME: Tensor) -> tuple[Tensor, Tensor]:
-        empty_BME = self._empty_ME.expand_as(context_BME)
-        both = self._model.unet(
-            torch.cat([x_BZhw, x_BZhw]), torch.cat([time_B, time_B]), torch.cat([empty_BME, context_BME])
+    def _predictions(self) -> tuple[Tensor, Tensor]:
+        """The noise in all pictures, without and with their captions. In those that are finished too, for one shape."""
+        x_NZhw, context_NME = self._x_NZhw, self._contexts_PME[self._prompt_N]
+        time_N = self._times[np.minimum(self._position_N, len(self._times) - 1)]
+        both = self._unet(
+            torch.cat([x_NZhw, x_NZhw]),
+            torch.cat([time_N, time_N]),
+            torch.cat([self._empty_ME.expand_as(context_NME), context_NME]),
         )
         without, with_text = both.chunk(2)
         return without, with_text

@@ -79,13 +79,12 @@ def _count(objects: Sequence[ObjectSpec], found: Detections, image: np.ndarray) 
     height, width = image.shape[:2]
     boxes, labels = found.boxes.numpy(), found.labels.tolist()
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / np.array([width, height], np.float32)
-    colours = [colour_of(image, box) for box in boxes]
     fits = np.zeros((len(objects), len(labels)))
     for i, thing in enumerate(objects):
         row, column = divmod(thing.place, 3)
         for j, (x, y) in enumerate(centres):
             there = _near(x, column) and _near(y, row)
-            fits[i, j] = there and labels[j] == thing.label and colours[j] == thing.colour
+            fits[i, j] = there and labels[j] == thing.label and colour_of(image, boxes[j]) == thing.colour
     return float(fits[linear_sum_assignment(fits, maximize=True)].sum())
 
 

@@ -4,7 +4,7 @@ Shapes: B images, C channels, H × W pixels, Z latent channels, h × w latent pi
 Images handed in and out lie in [0, 1]. The latents of a pass are float32, whatever the networks are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from models.diffusion.text_encoder import TextEncoder
 from models.diffusion.tokenizer import PromptTokenizer
 from models.diffusion.unet import UNet
 from models.errors import UserError
+
+Denoiser = Callable[[Tensor, Tensor | float, Tensor], Tensor]  # a UNet: of latents, time and context
 
 
 @dataclass
@@ -61,14 +63,14 @@ class LatentDiffusion:
 
 
 def guided_prediction(
-    unet: UNet, x_BZhw: Tensor, time: float | Tensor, context_BME: Tensor, empty_BME: Tensor, guidance: float
+    unet: Denoiser, x_BZhw: Tensor, time: float | Tensor, context_BME: Tensor, empty_BME: Tensor, guidance: float
 ) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): ε_∅ + w (ε_text − ε_∅), float32.
 
     time: one timestep, or one per image (B,). empty_BME: the condition to move away from. guidance: w; the text alone
     at w = 1, and then in one pass of the network instead of two.
     """
-    x_BZhw = x_BZhw.to(unet.conv_in.weight.dtype)
+    x_BZhw = x_BZhw.to(context_BME.dtype)
     if guidance == 1:
         return unet(x_BZhw, time, context_BME).float()
     time = time.repeat(2) if isinstance(time, Tensor) else time
