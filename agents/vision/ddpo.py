@@ -62,6 +62,9 @@ class DDPOConfig:
     steps_at_once: int = 1
     """Denoising steps of those images in one pass of training. More is sooner where one step leaves the GPU idle, and
     takes more memory; the update is the same."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast in the UNet, in sampling and in training; weights, optimizer and probabilities stay in
+    float32."""
     updates: int = 2
     """Steps of the optimizer in an iteration (1 with sf), each on its own share of the images."""
     steps: int = 20

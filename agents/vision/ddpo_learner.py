@@ -161,14 +161,18 @@ class DDPOLearner:
         """Mean (B, Z, h, w) and standard deviation of what follows each step: the policy, guidance included."""
         count, images = x_GBZhw.shape[:2]
         contexts_GBME = contexts_BME.repeat(count, 1, 1)
-        prediction = guided_prediction(
-            self.denoiser,
-            x_GBZhw.flatten(0, 1),
-            self.times_S[steps.start : steps.stop].repeat_interleave(images),
-            contexts_GBME,
-            self.empty_ME.expand_as(contexts_GBME),
-            self.config.guidance,
-        )
+        # Without autocast's cache: a graph would hold the casts of the weights as they are now.
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16", cache_enabled=False
+        ):
+            prediction = guided_prediction(
+                self.denoiser,
+                x_GBZhw.flatten(0, 1),
+                self.times_S[steps.start : steps.stop].repeat_interleave(images),
+                contexts_GBME,
+                self.empty_ME.expand_as(contexts_GBME),
+                self.config.guidance,
+            )
         predictions = prediction.chunk(count)
         return [self.scheduler.mean_and_std(predictions[k], i, x_GBZhw[k]) for k, i in enumerate(steps)]
 

@@ -99,7 +99,7 @@ class LowRank(nn.Module):
     def _linear(self, x_TM: Tensor, weight_NM: Tensor) -> Tensor:
         a_RM, b_NR = self.factors()
         h_TR = F.linear(x_TM, a_RM) * self.scaling
-        y_TN = F.linear(x_TM, weight_NM).addmm_(h_TR, b_NR.mT)
+        y_TN = F.linear(x_TM, weight_NM).addmm_(h_TR, b_NR.mT.to(h_TR.dtype))  # autocast leaves out what is in place
         if self.lora_magnitude is None:
             return y_TN
         norm_N = adapted_row_norms(weight_NM, a_RM, b_NR, self.scaling)

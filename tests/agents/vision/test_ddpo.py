@@ -231,3 +231,16 @@ def test_without_a_model_the_one_of_the_package_is_tuned(
     monkeypatch.setattr(shipped_weights, "WEIGHTS", tmp_path)  # of an installation without any
     with pytest.raises(UserError, match=r"no diffusion model .*--model"):
         DDPOLearner(replace(tiny, model=None), seed=0, device="cpu")
+
+
+def test_in_bfloat16_the_policy_that_learns_is_the_one_that_sampled(tiny: DDPOConfig) -> None:
+    learner = DDPOLearner(replace(tiny, precision="bfloat16", steps=4), seed=0, device="cpu")
+    rollout, _ = learner.sample(["a red square", "a blue star"], torch.Generator().manual_seed(0))
+    assert rollout.log_probs_NS.dtype == torch.float32
+    with torch.no_grad():
+        again_SB = learner.log_probs(rollout, torch.arange(2), range(4))
+    torch.testing.assert_close(again_SB.T, rollout.log_probs_NS, rtol=0, atol=1e-3)
+    exact = DDPOLearner(replace(tiny, steps=4), seed=0, device="cpu")
+    others, _ = exact.sample(["a red square", "a blue star"], torch.Generator().manual_seed(0))
+    assert not torch.equal(others.latents_NSZhw, rollout.latents_NSZhw)
+    assert {parameter.dtype for parameter in learner.trained.values()} == {torch.float32}
