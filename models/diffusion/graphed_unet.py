@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,7 +22,6 @@ class GraphedUNet:
     def __init__(self, unet: nn.Module) -> None:
         self._unet = unet
         self._graphs: dict[tuple[torch.Size, torch.Size, bool], Call] = {}
-        self._accumulators: list[Any] = []
 
     def __call__(self, x_BCHW: Tensor, time: Tensor | float, context_BME: Tensor) -> Tensor:
         """As UNet's. The context gets no gradient."""
@@ -56,15 +54,13 @@ class GraphedUNet:
 
     def _with_gradients(self, *given: Tensor) -> Call:
         inputs = tuple(tensor.detach().clone() for tensor in given)
-        if not self._accumulators:
-            # A gradient is added up on the stream on which the node for that is made: on ours, not the graph's.
-            trained = [parameter for parameter in self._unet.parameters() if parameter.requires_grad]
-            self._accumulators = [get_gradient_edge(parameter).node for parameter in trained]
+        graphed: Any = torch.cuda.make_graphed_callables(_Alone(self._unet), inputs)
+        if not any(with_gradients for *_, with_gradients in self._graphs):
             # The graph's gradients lie where the next replay writes; without a copy, a parameter whose .grad is None
             # would keep that very tensor, and the gradients of two batches would not add up.
-            for parameter in trained:
-                parameter.register_hook(torch.clone)
-        graphed: Any = torch.cuda.make_graphed_callables(_Alone(self._unet), inputs)
+            for parameter in self._unet.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(torch.clone)
         return lambda *given: graphed(*given).clone()
 
 
