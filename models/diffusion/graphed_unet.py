@@ -54,6 +54,8 @@ class GraphedUNet:
 
     def _with_gradients(self, *given: Tensor) -> Call:
         inputs = tuple(tensor.detach().clone() for tensor in given)
+        # The graph keeps the nodes that add gradients up, and these its own stream: torch waits between the two.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         graphed: Any = torch.cuda.make_graphed_callables(_Alone(self._unet), inputs)
         if not any(with_gradients for *_, with_gradients in self._graphs):
             # The graph's gradients lie where the next replay writes; without a copy, a parameter whose .grad is None
