@@ -9,7 +9,8 @@ environments in one process unless --backend and --workers say otherwise, as the
 interleaved, so that whatever else the machine does falls on both; each process has one thread. One entry for each
 (algo, env): the median over the seeds of the mean return of 20 deterministic episodes after the last step, training
 steps per second, and seconds from the start of the process until the mean return of the last 100 training episodes
-reaches a threshold. An entry is written after each run, so an interrupted benchmark keeps what it has.
+reaches a threshold. An entry is written after each run, so an interrupted benchmark keeps what it has; with --go-on the
+same command adds what the newest entry of its kind lacks.
 """
 
 import dataclasses
@@ -57,6 +58,8 @@ class Config:
     workers: int = 1
     peer: bool = True
     """Run Stable-Baselines3 too."""
+    go_on: bool = False
+    """Keep the runs of the newest entry of this algo, env and steps, and add the missing ones."""
     table: bool = False
     output: Path = Path("benchmarks/results/control_peer.json")
 
@@ -122,7 +125,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
-    head |= {"backend": config.backend, "workers": config.workers, "runs_at_a_time": config.jobs}
+    head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "runs_at_a_time": config.jobs}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
     if sides["ours"] and sides["peer"]:
@@ -153,20 +156,26 @@ def print_table(path: Path) -> None:
 def main(config: Config) -> None:
     if config.table:
         return print_table(config.output)
-    earlier = config.output.read_text() if config.output.exists() else None
-    sides = [ours, peer] if config.peer else [ours]
-    pairs = list(itertools.product(range(config.seeds), sides))
+    entries = json.loads(config.output.read_text()) if config.output.exists() else []
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    begun = next((e for e in reversed(entries) if config.go_on and is_same(e["ours"], config)), None)
+    if begun:
+        entries.remove(begun)
+        found = {side: begun[side].get("runs", []) for side in found}
+    sides = [ours, peer] if config.peer else [ours]
+    done = {(run["seed"], side) for side, runs in found.items() for run in runs}
+    pairs = [(s, side) for s, side in itertools.product(range(config.seeds), sides) if (s, side.__name__) not in done]
     for number, run in side_by_side([partial(side, config, seed) for seed, side in pairs], config.jobs):
         side = pairs[number][1].__name__
         found[side].append(run)
         print(side, run, flush=True)
-        if earlier is None:
-            config.output.unlink(missing_ok=True)
-        else:
-            config.output.write_text(earlier)
+        config.output.write_text(json.dumps(entries))
         write_result(config.output, "control_peer", **entry(config, found))
     print(json.dumps(entry(config, found)["ratio"]))
+
+
+def is_same(head: dict[str, Any], config: Config) -> bool:
+    return all(head.get(key) == getattr(config, key) for key in ("algo", "env", "steps", "backend", "workers"))
 
 
 if __name__ == "__main__":
