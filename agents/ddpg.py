@@ -59,7 +59,7 @@ class DDPG(Learner):
         sizes = self.observation_size, self.action_size, config.hidden, config.activation
         with initial_weights(seed):
             self.actor = DeterministicActor(*sizes, config.noise_std)
-            self.critic = QCritic(*sizes)
+            self.critic = QCritic(*sizes, config.critic_layer_norm)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)

@@ -51,6 +51,8 @@ class ReplayConfig(ControlConfig):
     hidden: tuple[int, ...] = (400, 300)
     """Widths of the hidden layers, of each network."""
     activation: Activation = "relu"
+    critic_layer_norm: bool = False
+    """Layer normalisation in the hidden layers of the Q functions."""
     fragment_steps: int = 32
     """Steps of each environment to one call of a worker."""
     buffer_size: int = 1_000_000

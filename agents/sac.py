@@ -64,7 +64,7 @@ class SAC(Learner):
         self.target_entropy = -float(self.action_size)
         with initial_weights(seed):
             self.actor = SquashedGaussian(*sizes)
-            self.critics = QCritic(*sizes, count=2)
+            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.temperature = Temperature(config.initial_alpha)
         self.networks = {

@@ -53,7 +53,7 @@ class TD3(Learner):
         sizes = self.observation_size, self.action_size, config.hidden, config.activation
         with initial_weights(seed):
             self.actor = DeterministicActor(*sizes, config.noise_std)
-            self.critics = QCritic(*sizes, count=2)
+            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)

@@ -27,12 +27,13 @@ def mlp(sizes: Sequence[int], activation: Activation, last_gain: float = 1.0) ->
     return nn.Sequential(*layers)
 
 
-def plain_mlp(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
-    """The same with torch's own initialisation, which Q functions do better with."""
+def plain_mlp(sizes: Sequence[int], activation: Activation, layer_norm: bool = False) -> nn.Sequential:
+    """The same with torch's own initialisation, which Q functions do better with. layer_norm: in every hidden layer."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), _LAYERS[activation]()]
-    return nn.Sequential(*layers[:-1])
+    for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
+        normed = [nn.LayerNorm(fan_out)] if layer_norm else []
+        layers += [nn.Linear(fan_in, fan_out), *normed, _LAYERS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 class ValueFunction(nn.Module):

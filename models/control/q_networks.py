@@ -79,14 +79,23 @@ class SquashedGaussian(nn.Module):
 
 
 class QCritic(nn.Module):
-    """`count` Q functions that share nothing. Takes observation and action side by side (B, X); returns (count, B)."""
+    """`count` Q functions that share nothing. Takes observation and action side by side (B, X); returns (count, B).
+
+    layer_norm: bounds what a Q function says of actions that nobody took (Ball et al., arXiv 2302.02948, §4.2).
+    """
 
     def __init__(
-        self, observation_size: int, action_size: int, hidden: Sequence[int], activation: Activation, count: int = 1
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        activation: Activation,
+        layer_norm: bool = False,
+        count: int = 1,
     ) -> None:
         super().__init__()
         sizes = [observation_size + action_size, *hidden, 1]
-        self.members = nn.ModuleList(plain_mlp(sizes, activation) for _ in range(count))
+        self.members = nn.ModuleList(plain_mlp(sizes, activation, layer_norm) for _ in range(count))
 
     def forward(self, observations_actions_BX: Tensor) -> Tensor:
         return torch.stack([member(observations_actions_BX).squeeze(-1) for member in self.members])

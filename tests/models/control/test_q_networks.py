@@ -47,3 +47,13 @@ def test_targets_follow() -> None:
         torch.testing.assert_close(new, old + 0.25 * (goal - old))
     follow(target, source, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(target.parameters(), source.parameters(), strict=True))
+
+
+def test_layer_norm_bounds_what_a_critic_says_of_actions_far_away() -> None:
+    torch.manual_seed(0)
+    far_BX = torch.cat([torch.zeros(64, 3), 1e4 * torch.randn(64, 2)], -1)
+    plain, normed = (QCritic(3, 2, (64, 64), "relu", layer_norm) for layer_norm in (False, True))
+    assert plain(far_BX).abs().max() > 100
+    assert normed(far_BX).abs().max() < 10
+    linears = [module for module in normed.modules() if isinstance(module, torch.nn.Linear)]
+    assert [linear.weight.shape for linear in linears] == [(64, 5), (64, 64), (1, 64)]
