@@ -5,6 +5,7 @@ simulator on another machine does. Where the environment is the bottleneck, twic
 
 python -m benchmarks.control_scaling                              on a machine with 16 cores: two and a half minutes
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
+python -m benchmarks.control_scaling --plot-only                  the newest entry as a PNG, where matplotlib is
 """
 
 import dataclasses
@@ -18,7 +19,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import psutil
 import tyro
 from gymnasium.spaces import Box, Discrete
 
@@ -66,9 +66,14 @@ class Config:
     """Measured in each run, after its start."""
     envs: tuple[str, ...] = tuple(setting.env for setting in SETTINGS)
     output: Path = Path("benchmarks/results/control_scaling.json")
+    plot: Path = Path("docs/images/control_scaling.png")
+    plot_only: bool = False
+    """Draw the newest entry, where matplotlib is."""
 
 
 def main(config: Config) -> None:
+    if config.plot_only:
+        return plot(json.loads(config.output.read_text())[-1], config.plot)
     found: dict[str, dict[int, float]] = {}
     try:
         for setting in [s for s in SETTINGS if s.env in config.envs]:
@@ -84,7 +89,6 @@ def main(config: Config) -> None:
             }
             ours = {"algorithm": "a2c", "env_steps_per_s": found, "efficiency": efficiency}
             write_result(config.output, "control_scaling", ours)
-            plot(found, config.output.with_suffix(".png"))
 
 
 def measure(setting: Setting, workers: int, seconds: float) -> float:
@@ -116,22 +120,21 @@ def wait_for_entries(metrics: Path, seconds: float, process: "subprocess.Popen[b
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot(found: dict[str, dict[int, float]], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (it is in the extra `plots`)")
-        return
+def plot(entry: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    for env, rates in found.items():
-        base = rates[min(rates)] / min(rates)
-        axes.plot(list(rates), [rate / base for rate in rates.values()], "o-", label=env)
-    workers = sorted({w for rates in found.values() for w in rates})
-    axes.plot(workers, workers, "k:", label="proportional")
-    axes.set(xlabel="workers", ylabel="steps/s, of those of one worker", title=f"{psutil.cpu_count()} cores")
+    for env, rates in entry["ours"]["env_steps_per_s"].items():
+        workers = [int(w) for w in rates]
+        base = rates[str(min(workers))] / min(workers)
+        axes.plot(workers, [rate / base for rate in rates.values()], "o-", label=env)
+        axes.plot(workers, workers, "k:")
+    axes.set(xlabel="workers", ylabel="steps/s, of those of one worker", title=entry["machine"].partition(",")[0])
     axes.legend()
-    figure.savefig(path, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(path)
 
 
 if __name__ == "__main__":
