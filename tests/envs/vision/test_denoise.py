@@ -171,3 +171,18 @@ def test_bad_settings(folder: Path) -> None:
         make(folder, max_stride=0)
     with pytest.raises(UserError, match="max_steps 0"):
         make(folder, max_steps=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_pictures_are_drawn(folder: Path) -> None:
+    """By CUDA graphs, of all pictures in every step, whichever of them move."""
+    envs = [make(folder, device=device) for device in ("cpu", "cuda")]
+    for env in envs:
+        env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        actions_NA = rng.uniform(-1, 1, (3, 4)).astype(np.float32)
+        expected, seen = (env.step(actions_NA) for env in envs)
+        np.testing.assert_allclose(seen[0], expected[0], rtol=0.02, atol=0.02)  # convolutions in TF32
+        assert (seen[2] == expected[2]).all()
