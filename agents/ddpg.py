@@ -42,28 +42,28 @@ class DDPGConfig(ReplayConfig):
 
 def train(config: DDPGConfig, run: "Run") -> None:
     """The `ddpg` job."""
-    replay_training.train(config, run, DDPG(config, run.seed))
+    replay_training.train(config, run, DDPG(config, run.seed, run.device))
 
 
 def evaluate(config: DDPGConfig, run: "Run") -> None:
-    replay_training.evaluate(config, run, DDPG(config, run.seed))
+    replay_training.evaluate(config, run, DDPG(config, run.seed, run.device))
 
 
 class DDPG(Learner):
     config: DDPGConfig
 
-    def __init__(self, config: DDPGConfig, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: DDPGConfig, seed: int, device: str = "cpu") -> None:
+        super().__init__(config, seed, device)
         if config.noise == "ou":
             self.noise = OrnsteinUhlenbeck(config.ou_theta)
         sizes = self.observation_size, self.action_size, config.hidden, config.activation
         with initial_weights(seed):
-            self.actor = DeterministicActor(*sizes, config.noise_std)
-            self.critic = QCritic(*sizes, config.critic_layer_norm)
+            self.actor = DeterministicActor(*sizes, config.noise_std).to(device)
+            self.critic = QCritic(*sizes, config.critic_layer_norm).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.lr, fused=True)
+        self.actor_optimizer = self.adam(self.actor)
+        self.critic_optimizer = self.adam(self.critic)
         self.networks = {
             "actor": self.actor,
             "critic": self.critic,
@@ -72,7 +72,7 @@ class DDPG(Learner):
         }
         self.optimizers = {"actor": self.actor_optimizer, "critic": self.critic_optimizer}
 
-    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, noise_KBA: Tensor) -> dict[str, Tensor]:
         value_loss, mean_value = self.side_by_side(
             lambda: self._critic_gradient(batch), lambda: self._actor_gradient(batch)
         )

@@ -8,6 +8,7 @@ import numpy as np
 from agents.config import ControlConfig
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, call_each
 from agents.statistics import bootstrap_interval
+from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ class Evaluation:
 
 
 def start_workers(config: ControlConfig, run: "Run", policy: "Callable[[np.ndarray], NumpyPolicy]") -> "ActorGroup":
+    """Raises UserError for a GPU."""
+    if run.device != "cpu":
+        raise UserError(
+            f"--device {run.device}: this agent learns on the CPU, leave it out; ddpg, td3 and sac take a GPU"
+        )
     rollout = RolloutConfig(config.env, config.envs_per_worker, policy, run.seed, config.gamma, config.step_timeout_s)
     return run.actors(RolloutWorker, config.workers, {"cpu": 1}, rollout, name="rollout")
 

@@ -49,10 +49,12 @@ class Transitions:
 class ReplayBuffer:
     """The latest `capacity` transitions."""
 
-    def __init__(self, capacity: int, observation_size: int, action_size: int) -> None:
+    def __init__(
+        self, capacity: int, observation_size: int, action_size: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.capacity, self.observation_size, self.action_size = capacity, observation_size, action_size
         width = 2 * observation_size + action_size + 2
-        self.rows_CW = torch.empty(capacity, width)  # touched, and so taken from memory, only as it fills
+        self.rows_CW = torch.empty(capacity, width, device=device)  # a CPU's memory is taken only as it fills
         self.added = 0  # transitions so far, also those that were overwritten
 
     def __len__(self) -> int:
@@ -61,13 +63,14 @@ class ReplayBuffer:
     def add(self, rows_KW: np.ndarray) -> None:
         """Append K transitions. The oldest make room."""
         skipped = max(0, len(rows_KW) - self.capacity)  # these would be overwritten by the rest
-        positions = np.arange(self.added + skipped, self.added + len(rows_KW)) % self.capacity
-        self.rows_CW.numpy()[positions] = rows_KW[skipped:]
+        positions = torch.arange(self.added + skipped, self.added + len(rows_KW)) % self.capacity
+        device = self.rows_CW.device
+        self.rows_CW[positions.to(device)] = torch.from_numpy(rows_KW[skipped:]).to(device)
         self.added += len(rows_KW)
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
-        """Draw uniformly, with replacement."""
-        return self.take(torch.randint(len(self), (batch_size,), generator=generator))
+    def draw(self, batches: int, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Positions (batches, B), uniformly, with replacement."""
+        return torch.randint(len(self), (batches, batch_size), generator=generator).to(self.rows_CW.device)
 
     def take(self, positions_B: Tensor) -> Transitions:
         d, x = self.observation_size, self.observation_size + self.action_size
@@ -83,7 +86,8 @@ class ReplayBuffer:
 
     def between(self, begin: int, end: int) -> np.ndarray:
         """The rows added as numbers begin, ..., end - 1 of the run, which must still be there."""
-        return self.rows_CW[torch.arange(begin, end) % self.capacity].numpy()
+        positions = torch.arange(begin, end) % self.capacity
+        return self.rows_CW[positions.to(self.rows_CW.device)].cpu().numpy()
 
 
 class ReplayFiles:

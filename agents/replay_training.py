@@ -7,7 +7,7 @@ Fragments are taken in the order in which they were asked for, so a run depends 
 workers. Before each evaluation the calls under way are used up, and after it new episodes begin: a checkpoint then has
 no environments and no noise in it, and a resumed run repeats an uninterrupted one bit for bit.
 
-Shapes: B transitions, A numbers an action.
+Shapes: B transitions, A numbers an action, S gradient steps, K numbers of noise.
 """
 
 import time
@@ -25,6 +25,7 @@ from agents.checkpoint import load_networks, networks_state, refuse_infinite, re
 from agents.config import ControlConfig
 from agents.evaluation import evaluate_checkpoint, play_episodes
 from agents.experience import Experience, ExperienceWorker
+from agents.graphed_step import GraphedStep
 from agents.noise import OrnsteinUhlenbeck
 from agents.pipeline import Pipeline
 from agents.replay import ReplayBuffer, ReplayFiles, Transitions
@@ -69,7 +70,7 @@ class ReplayConfig(ControlConfig):
     tau: float = 0.005
     """How far a target network moves towards its network at each of its steps."""
     learner_threads: Literal[1, 2] = 2
-    """2: actor and critic compute side by side. The results are the same."""
+    """2: on a CPU, actor and critic compute side by side. The results are the same."""
     matmul_precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: what the learner multiplies is rounded first, sums stay float32. Sooner on a CPU with AMX, and refused
     on any other."""
@@ -133,7 +134,8 @@ def start_workers(config: ReplayConfig, run: "Run", learner: "Learner") -> "Acto
 class Learner(ABC):
     """Networks, optimizers, replay buffer and counters: all that a checkpoint has to hold.
 
-    An algorithm makes the `actor`, which plays, all its `networks` and `optimizers`, and defines `update`.
+    An algorithm makes the `actor`, which plays, all its `networks` and `optimizers`, and defines `update`. The networks
+    and the buffer lie on `device`, where a GPU takes the steps by CUDA graphs; the actor plays on the CPU.
     Raises UserError for an environment whose actions are not continuous and bounded.
     """
 
@@ -141,13 +143,17 @@ class Learner(ABC):
     networks: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     noise: OrnsteinUhlenbeck | None = None
+    drawn: ClassVar[int] = 0  # numbers from the normal distribution that `update` takes for each number of the actions
 
-    def __init__(self, config: ReplayConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: ReplayConfig, seed: int, device: str = "cpu") -> None:
+        self.config, self.seed, self.device = config, seed, torch.device(device)
         spaces = control_spaces(config.env)
         self.observation_size, self.action_size = spaces.observation_size, bounded_actions(spaces.actions, config.env)
-        self.replay = ReplayBuffer(config.buffer_size, self.observation_size, self.action_size)
-        self.side_by_side = SideBySide(config.learner_threads)
+        self.replay = ReplayBuffer(config.buffer_size, self.observation_size, self.action_size, device)
+        on_gpu = self.device.type == "cuda"
+        self.side_by_side = SideBySide(1 if on_gpu else config.learner_threads)
+        self.rate: Tensor | float = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+        self._graphs: dict[int, GraphedStep] = {}  # one for each phase
         set_matmul_precision(config.matmul_precision)
         self.env_steps = 0
         self.gradient_steps = 0
@@ -156,8 +162,17 @@ class Learner(ABC):
         self.returns: deque[float] = deque(maxlen=100)  # of the latest episodes
 
     @abstractmethod
-    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
-        """Gradient step number `gradient_steps`. Returns scalars, logged under `train/`."""
+    def update(self, batch: Transitions, noise_KBA: Tensor) -> dict[str, Tensor]:
+        """Gradient step number `gradient_steps`. Returns scalars, logged under `train/`. noise: standard normal."""
+
+    def phase(self) -> int:
+        """Steps with the same number do the same, each with its own batch and noise."""
+        return 0
+
+    def adam(self, network: nn.Module) -> Optimizer:
+        """What a graph replays has its learning rate in a tensor, and counts its steps in one."""
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.Adam(network.parameters(), lr=self.rate, fused=True, capturable=on_gpu)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.gradient_steps, self.actor.flat_weights())
@@ -181,20 +196,42 @@ class Learner(ABC):
         """The gradient steps that the environment steps so far allow. Raises UserError if a loss is not finite."""
         config = self.config
         due = int(config.updates_per_step * (self.env_steps - config.learning_starts)) - self.gradient_steps
-        rate = config.lr * (max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1)
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = rate
+        self._set_rate(
+            config.lr * (max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1)
+        )
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "learning", self.gradient_steps))
         figures: dict[str, list[Tensor]] = {}
-        for _ in range(due):
-            self.gradient_steps += 1
-            batch = self.replay.sample(config.batch_size, generator)
-            for name, value in self.update(batch, generator).items():
-                figures.setdefault(name, []).append(value)
+        if due > 0:
+            positions_SB = self.replay.draw(due, config.batch_size, generator)
+            noise_SKBA = torch.randn(due, self.drawn, config.batch_size, self.action_size, generator=generator)
+            for positions_B, noise_KBA in zip(positions_SB, noise_SKBA.to(self.device)):
+                self.gradient_steps += 1
+                for name, value in self._step(positions_B, noise_KBA).items():
+                    figures.setdefault(name, []).append(value)
         metrics = {f"train/{name}": torch.stack(values).mean().item() for name, values in figures.items()}
         refuse_infinite(metrics, self.env_steps)
         metrics |= {"train/gradient_steps": self.gradient_steps, "train/policy_lag": self.lag}
         return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
+
+    def _step(self, positions_B: Tensor, noise_KBA: Tensor) -> dict[str, Tensor]:
+        if self.device.type == "cpu":
+            return self._take_step(positions_B, noise_KBA)
+        if self.phase() not in self._graphs:
+            self._graphs[self.phase()] = GraphedStep(self._take_step)
+        return self._graphs[self.phase()](positions_B, noise_KBA)
+
+    def _take_step(self, positions_B: Tensor, noise_KBA: Tensor) -> dict[str, Tensor]:
+        return self.update(self.replay.take(positions_B), noise_KBA)
+
+    def _set_rate(self, rate: float) -> None:
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(rate)
+        else:
+            self.rate = rate
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0].update(
+                lr=self.rate, capturable=self.device.type == "cuda"
+            )  # a checkpoint's may differ
 
     def state(self) -> dict[str, Any]:
         return {

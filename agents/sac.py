@@ -39,11 +39,11 @@ class SACConfig(ReplayConfig):
 
 def train(config: SACConfig, run: "Run") -> None:
     """The `sac` job."""
-    replay_training.train(config, run, SAC(config, run.seed))
+    replay_training.train(config, run, SAC(config, run.seed, run.device))
 
 
 def evaluate(config: SACConfig, run: "Run") -> None:
-    replay_training.evaluate(config, run, SAC(config, run.seed))
+    replay_training.evaluate(config, run, SAC(config, run.seed, run.device))
 
 
 class Temperature(nn.Module):
@@ -57,16 +57,17 @@ class Temperature(nn.Module):
 
 class SAC(Learner):
     config: SACConfig
+    drawn = 2
 
-    def __init__(self, config: SACConfig, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: SACConfig, seed: int, device: str = "cpu") -> None:
+        super().__init__(config, seed, device)
         sizes = self.observation_size, self.action_size, config.hidden, config.activation
         self.target_entropy = -float(self.action_size)
         with initial_weights(seed):
-            self.actor = SquashedGaussian(*sizes)
-            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2)
+            self.actor = SquashedGaussian(*sizes).to(device)
+            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2).to(device)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.temperature = Temperature(config.initial_alpha)
+        self.temperature = Temperature(config.initial_alpha).to(device)
         self.networks = {
             "actor": self.actor,
             "critics": self.critics,
@@ -74,12 +75,10 @@ class SAC(Learner):
             "temperature": self.temperature,
         }
         trained = ("actor", "critics", "temperature")
-        self.optimizers = {
-            name: torch.optim.Adam(self.networks[name].parameters(), lr=config.lr, fused=True) for name in trained
-        }
+        self.optimizers = {name: self.adam(self.networks[name]) for name in trained}
 
-    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
-        noise_BA, next_noise_BA = torch.randn((2, *batch.actions_BA.shape), generator=generator)
+    def update(self, batch: Transitions, noise_KBA: Tensor) -> dict[str, Tensor]:
+        noise_BA, next_noise_BA = noise_KBA
         alpha = self.temperature.alpha()
         value_loss, (policy_loss, entropy) = self.side_by_side(
             lambda: self._critic_gradient(batch, next_noise_BA, alpha),

@@ -38,26 +38,27 @@ class TD3Config(ReplayConfig):
 
 def train(config: TD3Config, run: "Run") -> None:
     """The `td3` job."""
-    replay_training.train(config, run, TD3(config, run.seed))
+    replay_training.train(config, run, TD3(config, run.seed, run.device))
 
 
 def evaluate(config: TD3Config, run: "Run") -> None:
-    replay_training.evaluate(config, run, TD3(config, run.seed))
+    replay_training.evaluate(config, run, TD3(config, run.seed, run.device))
 
 
 class TD3(Learner):
     config: TD3Config
+    drawn = 1
 
-    def __init__(self, config: TD3Config, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: TD3Config, seed: int, device: str = "cpu") -> None:
+        super().__init__(config, seed, device)
         sizes = self.observation_size, self.action_size, config.hidden, config.activation
         with initial_weights(seed):
-            self.actor = DeterministicActor(*sizes, config.noise_std)
-            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2)
+            self.actor = DeterministicActor(*sizes, config.noise_std).to(device)
+            self.critics = QCritic(*sizes, config.critic_layer_norm, count=2).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=config.lr, fused=True)
+        self.actor_optimizer = self.adam(self.actor)
+        self.critic_optimizer = self.adam(self.critics)
         self.networks = {
             "actor": self.actor,
             "critics": self.critics,
@@ -69,10 +70,14 @@ class TD3(Learner):
             "critics": self.critic_optimizer,
         }
 
-    def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
-        noise_BA = self.config.target_noise * torch.randn(batch.actions_BA.shape, generator=generator)
+    def phase(self) -> int:
+        """0: the actor's turn too."""
+        return int(self.gradient_steps % self.config.policy_delay > 0)
+
+    def update(self, batch: Transitions, noise_KBA: Tensor) -> dict[str, Tensor]:
+        noise_BA = self.config.target_noise * noise_KBA[0]
         noise_BA = noise_BA.clamp(-self.config.target_noise_clip, self.config.target_noise_clip)
-        if self.gradient_steps % self.config.policy_delay:
+        if self.phase():
             value_loss = self._critic_gradient(batch, noise_BA)
             self.critic_optimizer.step()
             return {"value_loss": value_loss}

@@ -47,7 +47,7 @@ class DeterministicActor(nn.Module):
         return torch.tanh(self.layers(observations_BD))
 
     def flat_weights(self) -> np.ndarray:
-        return parameters_to_vector(self.parameters()).detach().numpy()
+        return parameters_to_vector(self.parameters()).detach().cpu().numpy()
 
 
 class SquashedGaussian(nn.Module):
@@ -75,7 +75,7 @@ class SquashedGaussian(nn.Module):
         return torch.tanh(u_BA), (gaussian_BA - log_jacobian_BA).sum(-1)
 
     def flat_weights(self) -> np.ndarray:
-        return parameters_to_vector(self.parameters()).detach().numpy()
+        return parameters_to_vector(self.parameters()).detach().cpu().numpy()
 
 
 class QCritic(nn.Module):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from agents import a2c
 from agents.a2c import A2C, A2CConfig
 from agents.on_policy import batch
 from agents.rollout import RolloutConfig, RolloutWorker
-from tests.agents.runs import train
+from models.errors import UserError
+from tests.agents.runs import runtime, train
 
 HERE = "tests.envs.control.environments"
 
@@ -89,3 +91,11 @@ def test_a_call_is_cut_into_segments() -> None:
     assert learner.update(fragment)["train/x"] == pytest.approx(1)
     np.testing.assert_array_equal(np.concatenate([segment.rewards for segment in seen]), fragment.rewards)
     assert replace(config, segments=1).steps_per_call == 4
+
+
+def test_a_gpu_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run")
+    run.device = "cuda"
+    with pytest.raises(UserError, match="--device cuda: this agent learns on the CPU"):
+        a2c.train(A2CConfig(), run)
+    run.close()

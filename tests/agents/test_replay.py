@@ -50,7 +50,7 @@ def test_the_latest_transitions_are_kept(sizes: list[int]) -> None:
 def test_sampling_is_uniform_over_what_is_there_and_repeats_with_the_seed() -> None:
     replay = buffer(10)
     replay.add(rows(0, 8))
-    draws = [replay.sample(8000, torch.Generator().manual_seed(seed)).rewards_B for seed in (1, 1, 2)]
+    draws = [replay.take(replay.draw(1, 8000, torch.Generator().manual_seed(seed))[0]).rewards_B for seed in (1, 1, 2)]
     counts = torch.bincount(((draws[0] - 5) / 100).long())
     assert len(counts) == 8
     assert counts.min() > 900

@@ -115,7 +115,7 @@ def test_a_gradient_step_is_that_of_stable_baselines3(name: str, compare: str, m
     theirs.train(len(steps), B)
     for step in steps:
         ours.gradient_steps = step
-        ours.update(batch(), torch.Generator().manual_seed(3))
+        ours.update(batch(), torch.randn(ours.drawn, B, A, generator=torch.Generator().manual_seed(3)))
     if compare == "critic":
         assert_same(critic, list(theirs.critic.parameters()))
         assert_same(target_critic, list(theirs.critic_target.parameters()))
@@ -136,7 +136,7 @@ def test_two_threads_compute_what_one_does(name: str) -> None:
         algorithm: Any = cls(settings, seed=0)
         generator = torch.Generator().manual_seed(0)
         for algorithm.gradient_steps in range(1, 7):
-            algorithm.update(batch(), generator)
+            algorithm.update(batch(), torch.randn(algorithm.drawn, B, A, generator=generator))
         states.append([p for network in algorithm.networks.values() for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*states))
 
@@ -147,7 +147,7 @@ def test_td3_smooths_its_targets() -> None:
     for noise, clip in [(0.0, 0.5), (0.2, 0.5), (1e6, 1e-9)]:
         td3 = TD3(replace(CASES["td3"][1], target_noise=noise, target_noise_clip=clip), seed=0)
         td3.gradient_steps = 1
-        td3.update(batch(), torch.Generator().manual_seed(0))
+        td3.update(batch(), torch.randn(1, B, A, generator=torch.Generator().manual_seed(0)))
         found.append(torch.cat([p.detach().ravel() for p in td3.critics.parameters()]))
     assert not torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
