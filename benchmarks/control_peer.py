@@ -56,6 +56,8 @@ class Config:
     """Runs at a time."""
     backend: Literal["local", "ray"] = "local"
     workers: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both sides learn."""
     peer: bool = True
     """Run Stable-Baselines3 too."""
     go_on: bool = False
@@ -77,6 +79,7 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
         "seed": seed,
         "backend": config.backend,
         "workers": config.workers,
+        "device": config.device,
         "eval-every": config.steps,
         "eval-episodes": 20,
         "log-every": max(1000, config.steps // 200),
@@ -105,7 +108,7 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
 
 
 def peer(config: Config, seed: int) -> dict[str, Any]:
-    flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed}
+    flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed, "device": config.device}
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     lines = quietly(command, ONE_THREAD).splitlines()
@@ -125,7 +128,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
-    head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "runs_at_a_time": config.jobs}
+    head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "device": config.device}
+    head |= {"runs_at_a_time": config.jobs}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
     if sides["ours"] and sides["peer"]:
@@ -175,7 +179,9 @@ def main(config: Config) -> None:
 
 
 def is_same(head: dict[str, Any], config: Config) -> bool:
-    return all(head.get(key) == getattr(config, key) for key in ("algo", "env", "steps", "backend", "workers"))
+    return all(
+        head.get(key) == getattr(config, key) for key in ("algo", "env", "steps", "backend", "workers", "device")
+    )
 
 
 if __name__ == "__main__":

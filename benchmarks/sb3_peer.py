@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -93,6 +93,7 @@ class Config:
     steps: int
     threshold: float
     seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def main(config: Config) -> None:
@@ -115,7 +116,7 @@ def main(config: Config) -> None:
             size = env.action_space.shape[0]
             settings["action_noise"] = noise(np.zeros(size), settings.pop(name) * np.ones(size))
     package = sb3_contrib if config.algo == "trpo" else stable_baselines3
-    model = getattr(package, config.algo.upper())("MlpPolicy", env, seed=config.seed, device="cpu", **settings)
+    model = getattr(package, config.algo.upper())("MlpPolicy", env, seed=config.seed, device=config.device, **settings)
 
     class Watch(BaseCallback):
         reached: float | None = None
