@@ -13,8 +13,8 @@ Shapes: B steps, P parameters of the policy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,8 +49,6 @@ class TRPOConfig(OnPolicyConfig):
     gae_lambda: float = 0.98
     max_kl: float = 0.01
     """δ, in nats."""
-    max_kl_schedule: Literal["linear", "constant"] = "constant"
-    """linear: it falls to a hundredth over the run. Large steps are sooner at the start and end lower."""
     cg_steps: int = 15
     """Of conjugate gradient, at most."""
     cg_damping: float = 0.1
@@ -87,9 +85,7 @@ class TRPO(Learner):
         with torch.no_grad():
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, self.config)
-        falls = self.config.max_kl_schedule == "linear"
-        max_kl = self.config.max_kl * (max(self.remaining, 0.01) if falls else 1)
-        metrics = trust_region_step(self.policy, steps, replace(self.config, max_kl=max_kl))
+        metrics = trust_region_step(self.policy, steps, self.config)
         order = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", self.round))
         epochs, size = self.config.critic_epochs, self.config.critic_batch
         metrics["train/value_loss"] = fit_critic(self.critic, self.optimizers["adam"], steps, epochs, size, order)
