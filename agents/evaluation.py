@@ -36,7 +36,7 @@ class Evaluation:
 
 
 def start_workers(config: ControlConfig, run: "Run", policy: "Callable[[np.ndarray], NumpyPolicy]") -> "ActorGroup":
-    """Raises UserError for a GPU."""
+    """Of an agent that learns on the CPU. Raises UserError if the run is to use a GPU."""
     if run.device != "cpu":
         raise UserError(
             f"--device {run.device}: this agent learns on the CPU, leave it out; ddpg, td3 and sac take a GPU"

@@ -150,9 +150,9 @@ class Learner(ABC):
         spaces = control_spaces(config.env)
         self.observation_size, self.action_size = spaces.observation_size, bounded_actions(spaces.actions, config.env)
         self.replay = ReplayBuffer(config.buffer_size, self.observation_size, self.action_size, device)
-        on_gpu = self.device.type == "cuda"
-        self.side_by_side = SideBySide(1 if on_gpu else config.learner_threads)
-        self.rate: Tensor | float = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+        self.on_gpu = self.device.type == "cuda"
+        self.side_by_side = SideBySide(1 if self.on_gpu else config.learner_threads)
+        self.rate: Tensor | float = torch.tensor(config.lr, device=device) if self.on_gpu else config.lr
         self._graphs: dict[int, GraphedStep] = {}  # one for each phase
         set_matmul_precision(config.matmul_precision)
         self.env_steps = 0
@@ -171,8 +171,7 @@ class Learner(ABC):
 
     def adam(self, network: nn.Module) -> Optimizer:
         """What a graph replays has its learning rate in a tensor, and counts its steps in one."""
-        on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(network.parameters(), lr=self.rate, fused=True, capturable=on_gpu)
+        return torch.optim.Adam(network.parameters(), lr=self.rate, fused=True, capturable=self.on_gpu)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.gradient_steps, self.actor.flat_weights())
@@ -196,9 +195,8 @@ class Learner(ABC):
         """The gradient steps that the environment steps so far allow. Raises UserError if a loss is not finite."""
         config = self.config
         due = int(config.updates_per_step * (self.env_steps - config.learning_starts)) - self.gradient_steps
-        self._set_rate(
-            config.lr * (max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1)
-        )
+        remaining = max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1
+        self._set_rate(config.lr * remaining)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "learning", self.gradient_steps))
         figures: dict[str, list[Tensor]] = {}
         if due > 0:
@@ -214,7 +212,7 @@ class Learner(ABC):
         return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
 
     def _step(self, positions_B: Tensor, noise_KBA: Tensor) -> dict[str, Tensor]:
-        if self.device.type == "cpu":
+        if not self.on_gpu:
             return self._take_step(positions_B, noise_KBA)
         if self.phase() not in self._graphs:
             self._graphs[self.phase()] = GraphedStep(self._take_step)
@@ -228,10 +226,8 @@ class Learner(ABC):
             self.rate.fill_(rate)
         else:
             self.rate = rate
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0].update(
-                lr=self.rate, capturable=self.device.type == "cuda"
-            )  # a checkpoint's may differ
+        for optimizer in self.optimizers.values():  # a checkpoint may have brought others
+            optimizer.param_groups[0].update(lr=self.rate, capturable=self.on_gpu)
 
     def state(self) -> dict[str, Any]:
         return {
