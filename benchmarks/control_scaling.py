@@ -3,7 +3,7 @@
 CartPole-v1 costs a microsecond a step, HalfCheetah-v5 some fifty, and Slow-v0 sleeps for five milliseconds, as a
 simulator on another machine does. Where the environment is the bottleneck, twice the workers should play twice as much.
 
-python -m benchmarks.control_scaling                              on a machine with 16 cores: two and a half minutes
+python -m benchmarks.control_scaling                              on a machine with 16 cores: seven minutes
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
 python -m benchmarks.control_scaling --plot-only                  the newest entry as a PNG, where matplotlib is
 """
