@@ -5,7 +5,8 @@ python -m benchmarks.vision_agents --toy --detector FOLDER --diffusion FOLDER  #
 
 Each agent is trained by its recipe (a2c-detect.yaml, ...) for each seed, and its last policy evaluated by `longstride
 evaluate` on scenes of the held-out split. The fixed schedules are compared on training scenes; the best of them, and
-random actions, are then played on held-out ones. Results are written after every environment and agent.
+random actions, are then played on held-out ones; on Detect-v0 also a rule written by hand, which sees what agents see.
+Results are written after every environment and agent.
 """
 
 import dataclasses
@@ -26,12 +27,13 @@ import tyro
 from benchmarks.record import write_result
 from benchmarks.training_run import quietly, share_of_cores, side_by_side
 from envs.vision.denoise import ACTIONS, DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
-from envs.vision.detect import EYE_VARIABLE, STOP
+from envs.vision.detect import CENTRES, EYE_VARIABLE, STOP
 from envs.vision.settings import DEVICE_VARIABLE, SPLIT_VARIABLE
 
-Policy = Callable[[int, np.random.Generator], Any]  # (steps so far, rng) → an action
+Policy = Callable[[int, np.ndarray, np.random.Generator], Any]  # (steps so far, observation, rng) → an action
 ENVIRONMENTS = {"detect": "Detect-v0", "denoise": "Denoise-v0"}
 MAX_STRIDE = 4  # of Denoise-v0
+WORTH_A_LOOK = 0.16  # of salience; the best of eight on 400 scenes of the held-out split
 
 
 @dataclasses.dataclass
@@ -87,9 +89,11 @@ def play_baselines(config: Config, name: str) -> dict[str, Any]:
     on_training = {label: mean_return(config, name, "train", policy) for label, policy in schedules.items()}
     best = max(on_training, key=lambda label: on_training[label])
     anything = random_window if name == "detect" else random_steering
+    rule = {"rule": mean_return(config, name, "heldout", what_stands_out)} if name == "detect" else {}
     return {
         "random": mean_return(config, name, "heldout", anything),
         "fixed": mean_return(config, name, "heldout", schedules[best]),
+        **rule,
         "fixed_schedule": best,
         "schedules_on_training_scenes": on_training,
     }
@@ -98,11 +102,11 @@ def play_baselines(config: Config, name: str) -> dict[str, Any]:
 def mean_return(config: Config, name: str, split: str, policy: Policy) -> float:
     """Of one episode in each environment of a vector."""
     env = gymnasium.make_vec(ENVIRONMENTS[name], num_envs=config.episodes, split=split)
-    env.reset(seed=10_000)
+    observations, _ = env.reset(seed=10_000)
     rng, totals, running, step = np.random.default_rng(0), np.zeros(config.episodes), np.ones(config.episodes, bool), 0
     while running.any():
-        actions = np.array([policy(step, rng) for _ in range(config.episodes)])
-        _, rewards, terminated, truncated, _ = env.step(actions)
+        actions = np.array([policy(step, observation, rng) for observation in observations])
+        observations, rewards, terminated, truncated, _ = env.step(actions)
         totals += rewards * running
         running &= ~(terminated | truncated)
         step += 1
@@ -119,11 +123,22 @@ def detect_schedules() -> dict[str, Policy]:
 
 
 def _in_turn(windows: Sequence[int]) -> Policy:
-    return lambda step, rng: windows[step] if step < len(windows) else STOP
+    return lambda step, observation, rng: windows[step] if step < len(windows) else STOP
 
 
-def random_window(step: int, rng: np.random.Generator) -> int:
+def random_window(step: int, observation: np.ndarray, rng: np.random.Generator) -> int:
     return int(rng.integers(STOP + 1))
+
+
+def what_stands_out(step: int, observation: np.ndarray, rng: np.random.Generator) -> int:
+    """The close-up nearest to what stands out most, until nothing does."""
+    x, y, salience = observation[-4:-1]
+    if salience < WORTH_A_LOOK:
+        return STOP
+    close_ups = CENTRES[-1]
+    looked = observation[STOP - len(close_ups) : STOP] > 0
+    distances = np.linalg.norm(close_ups - (x, y), axis=1)
+    return STOP - len(close_ups) + int(np.where(looked, np.inf, distances).argmin())
 
 
 def denoise_schedules() -> dict[str, Policy]:
@@ -134,10 +149,10 @@ def denoise_schedules() -> dict[str, Policy]:
 
 def _steering(guidance: float, stride: int) -> Policy:
     action = [(guidance - 1) / (MAX_GUIDANCE - 1) * 2 - 1, -1.0, (stride - 1) / (MAX_STRIDE - 1) * 2 - 1, -1.0]
-    return lambda step, rng: np.array(action, np.float32)
+    return lambda step, observation, rng: np.array(action, np.float32)
 
 
-def random_steering(step: int, rng: np.random.Generator) -> np.ndarray:
+def random_steering(step: int, observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(-1, 1, ACTIONS).astype(np.float32)
 
 

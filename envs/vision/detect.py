@@ -9,10 +9,13 @@ windows, in which objects appear about as large as in the eye's training. What i
 
 so an episode's return is the final quality (box_quality.py, in [0, 1]) minus the cost of all looks.
 
-Observation, a vector in [-1, 1]: the scene's luminance on 16×16 cells, which windows were looked at, the scores of what
-was found on 8×8 cells, the part of the looks that are left. `DetectContinuous-v0` takes (x, y, zoom, stop) in [-1, 1]
-instead of a number: the nearest window of that zoom which has not been looked at (if none is left, the nearest), or the
-end if stop > 0.
+Observation, a vector in [-1, 1]: for each window whether it was looked at, how much in it stands out from afar and is
+still to be looked at (salience.py, on 16×16 cells; a look takes away the more the closer it is), and how much was found
+in it; then (x, y) and salience of the cell that stands out most; then the part of the looks that are left.
+
+`DetectContinuous-v0` takes (x, y, zoom, stop) in [-1, 1] instead of a number: the nearest window of that zoom which has
+not been looked at (if none is left, the nearest), or the end if stop > 1/2, so that actions near 0, as an untrained
+policy's are, go on.
 
 All environments of a vector are seen by one forward pass of the eye.
 """
@@ -33,6 +36,7 @@ from torch import Tensor
 
 from envs.vision.box_quality import box_ious, box_quality
 from envs.vision.loaded_models import shared_detr
+from envs.vision.salience import inhibit, salience
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
 from envs.vision.settings import vision_device, vision_split
@@ -51,12 +55,13 @@ WINDOWS = [
     for row in range(n)
     for column in range(n)
 ]  # (x, y, side) in pixels
-STOP = len(WINDOWS)
+STOP, CLOSEST = len(WINDOWS), LEVELS[-1][1]
 CENTRES = [
     np.array([((column + 0.5) / n * 2 - 1, (row + 0.5) / n * 2 - 1) for row in range(n) for column in range(n)])
     for n, _ in LEVELS
 ]  # (x, y) of each level's windows, as DetectContinuous-v0 counts them
-THUMBNAIL, MAP = 16, 8  # cells of a side
+CELLS = 16  # of salience, a side
+MANY = 4  # objects in a window, and more, are one to the observation
 EYE_VARIABLE = "LONGSTRIDE_DETECT_EYE"
 
 
@@ -84,12 +89,12 @@ class Episode:
     """One environment's scene and what is known of it."""
 
     scene: Scene
-    pixels_3HW: Tensor  # float32, 0 to 255
+    pixels_3HW: Tensor  # uint8
     boxes: np.ndarray  # (n, 4) xyxy in the scene's pixels
     labels: np.ndarray  # (n,)
     scores: np.ndarray  # (n,)
     looked: np.ndarray  # (windows,) bool
-    thumbnail: np.ndarray  # (THUMBNAIL²,) float32
+    salience: np.ndarray  # (CELLS, CELLS) float32 in [0, 1], of what is still to be looked at
     looks: int = 0
     quality: float = 0.0
 
@@ -121,7 +126,7 @@ class DetectVectorEnv(VectorEnv):
             named = eye or os.environ.get(EYE_VARIABLE)
             eye = DetrEye(scenes_model("detr", named, EYE_VARIABLE), device=vision_device(device))
         self.eye: Eye = eye
-        size = THUMBNAIL**2 + len(WINDOWS) + MAP**2 + 1
+        size = 3 * len(WINDOWS) + 4
         self.single_observation_space = gymnasium.spaces.Box(-1, 1, (size,), np.float32)
         self.single_action_space = (
             gymnasium.spaces.Box(-1, 1, (4,), np.float32) if continuous else gymnasium.spaces.Discrete(STOP + 1)
@@ -168,10 +173,9 @@ class DetectVectorEnv(VectorEnv):
         index = derive_seed(self.seed, "detect", i, int(self.begun[i]))
         self.begun[i] += 1
         scene = make_scene(SCENES, self.seed, index, self.split)
-        pixels = torch.from_numpy(scene.image).permute(2, 0, 1).float()
-        luminance = F.adaptive_avg_pool2d(pixels.mean(0, keepdim=True), THUMBNAIL).flatten().numpy() / 255
+        pixels = torch.from_numpy(scene.image).permute(2, 0, 1)
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return Episode(scene, pixels, *nothing, np.zeros(len(WINDOWS), bool), luminance - luminance.mean())
+        return Episode(scene, pixels, *nothing, np.zeros(len(WINDOWS), bool), salience(scene.image, CELLS))
 
     def _choice(self, action: Any, episode: Episode) -> int:
         """An action → a window, or STOP. Raises UserError for a number that is none."""
@@ -180,7 +184,7 @@ class DetectVectorEnv(VectorEnv):
                 raise UserError(f"Detect-v0: action {action} is not one of 0 to {STOP}")
             return int(action)
         x, y, zoom, stop = (float(v) for v in np.clip(action, -1, 1))
-        if stop > 0:
+        if stop > 0.5:
             return STOP
         level = min(len(LEVELS) - 1, int((zoom + 1) / 2 * len(LEVELS)))
         first = sum(n * n for n, _ in LEVELS[:level])
@@ -192,7 +196,7 @@ class DetectVectorEnv(VectorEnv):
 
     def _view(self, episode: Episode, window: int) -> Tensor:
         x, y, side = WINDOWS[window]
-        crop = episode.pixels_3HW[None, :, y : y + side, x : x + side]
+        crop = episode.pixels_3HW[None, :, y : y + side, x : x + side].float()
         view = F.interpolate(crop, (EYE, EYE), mode="bilinear", antialias=True)[0]
         return view.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
@@ -214,6 +218,7 @@ class DetectVectorEnv(VectorEnv):
             np.concatenate([episode.scores, scores.astype(np.float32)]),
         )
         episode.boxes, episode.labels, episode.scores = merged
+        inhibit(episode.salience, _cells(window), left=1 - CLOSEST / side)
         episode.looked[window] = True
         episode.looks += 1
         before = episode.quality
@@ -221,17 +226,25 @@ class DetectVectorEnv(VectorEnv):
         return episode.quality - before
 
     def _observations(self) -> np.ndarray:
-        rows = []
-        for episode in self.episodes:
-            known = np.zeros((MAP, MAP), np.float32)
-            if len(episode.boxes):
-                centres = (episode.boxes[:, :2] + episode.boxes[:, 2:]) / 2
-                cells = (centres * MAP / SCENES.size).astype(int).clip(0, MAP - 1)
-                np.add.at(known, (cells[:, 1], cells[:, 0]), episode.scores / 2)
-            left = np.float32(1 - episode.looks / self.max_looks)
-            parts = (episode.thumbnail, episode.looked, known.clip(max=1).ravel(), [left])
-            rows.append(np.concatenate(parts).astype(np.float32))
-        return np.stack(rows)
+        return np.stack([_observation(episode, self.max_looks) for episode in self.episodes])
+
+
+def _observation(episode: Episode, max_looks: int) -> np.ndarray:
+    centres = (episode.boxes[:, :2] + episode.boxes[:, 2:]) / 2
+    standing_out, found = np.zeros(len(WINDOWS)), np.zeros(len(WINDOWS))
+    for window, (x, y, side) in enumerate(WINDOWS):
+        standing_out[window] = episode.salience[_cells(window)].max()
+        found[window] = ((centres >= (x, y)) & (centres < (x + side, y + side))).all(1).sum() / MANY
+    row, column = divmod(int(episode.salience.argmax()), CELLS)
+    most = (column + 0.5) / CELLS * 2 - 1, (row + 0.5) / CELLS * 2 - 1, episode.salience[row, column]
+    left = 1 - episode.looks / max_looks
+    return np.concatenate([episode.looked, standing_out, found.clip(max=1), most, [left]]).astype(np.float32)
+
+
+def _cells(window: int) -> tuple[slice, slice]:
+    """Rows and columns of the cells of salience that a window covers, to the nearest."""
+    x, y, side = (round(pixels * CELLS / SCENES.size) for pixels in WINDOWS[window])
+    return slice(y, y + side), slice(x, x + side)
 
 
 def _without_doubles(

@@ -106,6 +106,41 @@ def test_each_environment_is_on_its_own(env: DetectVectorEnv) -> None:
     assert info["looks"].tolist() == [2, 0]
 
 
+def test_what_the_observation_says(env: DetectVectorEnv) -> None:
+    """At the lower left and the lower right lies one object each, whole in a close-up."""
+    observations, _ = env.reset(seed=0)
+    looked, standing_out, found, most, left = np.split(observations[0], [STOP, 2 * STOP, 3 * STOP, 3 * STOP + 3])
+    assert not looked.any()
+    assert not found.any()
+    assert left == 1
+    x, y, salience = most
+    assert salience == standing_out[0] == standing_out.max() > 0.2
+    at = np.array([x + 1, y + 1]) / 2 * SCENES.size
+    boxes = env.episodes[0].scene.boxes
+    assert ((boxes[:, :2] - 32 < at) & (at < boxes[:, 2:] + 32)).all(1).any()  # a cell has 32 pixels
+
+    corner, across = CLOSE_UPS[12], CLOSE_UPS[15]
+    after = env.step([corner, STOP])[0][0]
+    looked, standing_out_after, found, most, left = np.split(after, [STOP, 2 * STOP, 3 * STOP, 3 * STOP + 3])
+    assert np.flatnonzero(looked).tolist() == [corner]
+    assert standing_out[corner] > 0.2
+    assert standing_out_after[corner] == 0
+    assert standing_out_after[across] == standing_out[across] > 0.2
+    assert np.flatnonzero(found).tolist() == [0, 3, corner]  # the scene, its quarter, and this
+    assert found[corner] == 1 / 4
+    assert left == pytest.approx(11 / 12)
+
+
+def test_a_look_from_afar_leaves_more_to_look_at(env: DetectVectorEnv) -> None:
+    """1 - 160/512 of what stands out is left after a look at the whole scene, 1 - 160/288 after one at a quarter."""
+    before = env.reset(seed=0)[0][:, STOP : 2 * STOP]
+    after = env.step([0, 3])[0][:, STOP : 2 * STOP]
+    corner, across = CLOSE_UPS[12], CLOSE_UPS[15]
+    np.testing.assert_allclose(after[0], before[0] * (1 - 160 / 512), rtol=1e-5)
+    np.testing.assert_allclose(after[1, corner], before[1, corner] * (1 - 160 / 288), rtol=1e-5)
+    assert after[1, across] == before[1, across] > 0.2
+
+
 def test_looks_are_limited(env: DetectVectorEnv) -> None:
     env.max_looks = 3
     ended = [env.step([w, STOP])[2][0] for w in (5, 6, 7)]
@@ -146,7 +181,8 @@ def test_continuous_actions_name_the_same_windows() -> None:
                 x, y = ((v + 0.5) / n * 2 - 1 for v in (column, row))
                 seen.add(env._choice([x, y, zoom, -1], episode))
     assert seen == set(range(STOP))
-    assert env._choice([0, 0, 0, 0.1], episode) == STOP
+    assert env._choice([0, 0, 0, 0.6], episode) == STOP
+    assert env._choice([0, 0, 0, 0.4], episode) != STOP
     assert env._choice([9, 9, 9, -9], episode) == STOP - 1  # clipped
 
 
@@ -187,7 +223,7 @@ def test_gymnasium_makes_it_with_a_detector_of_ours(detector: Path) -> None:
     assert reward == pytest.approx(info["quality"] - 0.02)
     vector = gymnasium.make_vec("DetectContinuous-v0", num_envs=3, eye=detector)
     vector.reset(seed=0)
-    assert vector.step(vector.action_space.sample())[0].shape == (3, 256 + 21 + 64 + 1)
+    assert vector.step(vector.action_space.sample())[0].shape == (3, 3 * 21 + 4)
 
 
 def test_agents_take_it_by_its_id(detector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
