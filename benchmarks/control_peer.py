@@ -10,7 +10,10 @@ interleaved, so that whatever else the machine does falls on both; each process 
 (algo, env): the median over the seeds of the mean return of 20 deterministic episodes after the last step, training
 steps per second, and seconds from the start of the process until the mean return of the last 100 training episodes
 reaches a threshold. An entry is written after each run, so an interrupted benchmark keeps what it has; with --go-on the
-same command adds what the newest entry of its kind lacks.
+same command adds what the newest entry of its kind lacks. Where the peer would take days, scores alone can be compared:
+
+    python -m benchmarks.control_peer --algo ddpg --env Hopper-v5 --steps 300000 --device cuda --peer-device cpu \
+        --sides ours          # on a GPU; then --sides peer --go-on wherever there are cores, a few seeds at a time
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.record import write_result
+from benchmarks.record import describe_machine, write_result
 from benchmarks.training_run import quietly, side_by_side
 
 THRESHOLDS = {
@@ -58,8 +61,9 @@ class Config:
     workers: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     """Where both sides learn."""
-    peer: bool = True
-    """Run Stable-Baselines3 too."""
+    peer_device: Literal["cpu", "cuda"] | None = None
+    """Where the peer learns, if elsewhere: such an entry compares scores, and has no ratios of time."""
+    sides: tuple[Literal["ours", "peer"], ...] = ("ours", "peer")
     go_on: bool = False
     """Keep the runs of the newest entry of this algo, env and steps, and add the missing ones."""
     table: bool = False
@@ -108,7 +112,8 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
 
 
 def peer(config: Config, seed: int) -> dict[str, Any]:
-    flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed, "device": config.device}
+    flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed}
+    flags["device"] = config.peer_device or config.device
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     lines = quietly(command, ONE_THREAD).splitlines()
@@ -129,10 +134,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
     head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "device": config.device}
-    head |= {"runs_at_a_time": config.jobs}
+    head |= {"peer_device": config.peer_device, "runs_at_a_time": config.jobs}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
-    if sides["ours"] and sides["peer"]:
+    if sides["ours"] and sides["peer"] and not config.peer_device:
         ratio["steps_per_s"] = round(sides["ours"]["median_steps_per_s"] / sides["peer"]["median_steps_per_s"], 2)
         slow, fast = (sides[side]["median_seconds_to_threshold"] for side in ("ours", "peer"))
         ratio["seconds_to_threshold"] = round(slow / fast, 2) if slow and fast else None
@@ -166,12 +171,12 @@ def main(config: Config) -> None:
     if begun:
         entries.remove(begun)
         found = {side: begun[side].get("runs", []) for side in found}
-    sides = [ours, peer] if config.peer else [ours]
+    sides = [side for side in (ours, peer) if side.__name__ in config.sides]
     done = {(run["seed"], side) for side, runs in found.items() for run in runs}
     pairs = [(s, side) for s, side in itertools.product(range(config.seeds), sides) if (s, side.__name__) not in done]
     for number, run in side_by_side([partial(side, config, seed) for seed, side in pairs], config.jobs):
         side = pairs[number][1].__name__
-        found[side].append(run)
+        found[side].append(run | {"machine": describe_machine()} if config.peer_device else run)
         print(side, run, flush=True)
         config.output.write_text(json.dumps(entries))
         write_result(config.output, "control_peer", **entry(config, found))
@@ -179,9 +184,8 @@ def main(config: Config) -> None:
 
 
 def is_same(head: dict[str, Any], config: Config) -> bool:
-    return all(
-        head.get(key) == getattr(config, key) for key in ("algo", "env", "steps", "backend", "workers", "device")
-    )
+    keys = "algo", "env", "steps", "backend", "workers", "device", "peer_device"
+    return all(head.get(key) == getattr(config, key) for key in keys)
 
 
 if __name__ == "__main__":
