@@ -80,7 +80,7 @@ def main(config: Config) -> None:
             means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
             best = max(baselines["random"], baselines["fixed"])
             above = {agent: round(mean - best, 4) for agent, mean in means.items()}
-            write_result(config.output, f"vision_agents/{name}", agents, baselines, {"above_best_baseline": above})
+            write_result(config.output, f"vision_agents/{name}", agents, baselines, {"above_random_and_fixed": above})
 
 
 def play_baselines(config: Config, name: str) -> dict[str, Any]:
@@ -161,11 +161,12 @@ def trained(config: Config, agent: str, name: str, seed: int) -> float:
     with tempfile.TemporaryDirectory(prefix="vision-agents-") as runs_dir:
         common = ["--runs-dir", runs_dir]
         train = ["train", agent, "--recipe", f"{agent}-{name}", "--name", "run", "--seed", str(seed), *common]
-        train += ["--backend", "local", "--eval-episodes", str(config.episodes)]
+        train += ["--backend", "local", "--eval-episodes", str(min(config.episodes, 32))]  # of training scenes
         if config.steps:
             train += ["--steps", str(config.steps), "--eval-every", str(config.steps)]
         launch(config, train, split="train")
-        launch(config, ["evaluate", "run", "--backend", "local", *common], split="heldout")
+        evaluate = ["evaluate", "run", "--backend", "local", "--eval-episodes", str(config.episodes), *common]
+        launch(config, evaluate, split="heldout")
         summary = json.loads((Path(runs_dir) / "run" / "summary.json").read_text())
     return round(summary["metrics"]["eval/return_mean"], 4)
 
