@@ -145,16 +145,22 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
 
 
 def print_table(path: Path) -> None:
-    newest = {(e["ours"]["algo"], e["ours"]["env"]): e for e in json.loads(path.read_text()) if e["ours"].get("runs")}
+    entries = [(e["ours"], e) for e in json.loads(path.read_text()) if e["ours"].get("runs")]
+    newest = {(head["algo"], head["env"], head.get("device", "cpu")): e for head, e in entries}
     print("| | steps | median return, ours | SB3 | steps/s, ours | SB3 | ratio | threshold | s to it, ours | SB3 |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for (algo, env), e in sorted(newest.items()):
+    for (algo, env, device), e in sorted(newest.items()):
         sides = [e["ours"], e["peer"]]
         returns, rates, seconds = (
             [f"{side[key]:.{digits}f}" if side.get(key) is not None else "–" for side in sides]
             for key, digits in (("median_return", 1), ("median_steps_per_s", 0), ("median_seconds_to_threshold", 1))
         )
-        cells = [f"{algo} {env}", f"{round(e['ours']['runs'][0]['steps'], -3)}", *returns, *rates]
+        cells = [
+            f"{algo} {env}" + " on a GPU" * (device == "cuda"),
+            f"{round(e['ours']['runs'][0]['steps'], -3)}",
+            *returns,
+            *rates,
+        ]
         print(
             "|",
             " | ".join([*cells, str(e["ratio"].get("steps_per_s", "–")), str(e["ours"]["threshold"]), *seconds]),
