@@ -1,4 +1,4 @@
-"""A UNet by CUDA graphs: launching a small one's kernels takes longer than running them; a graph launches all at once.
+"""A UNet by CUDA graphs, in sampling and in training.
 
 Shapes: B images, C channels, H × W latent pixels, M text tokens of width E.
 """
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.cuda_graph import WARM_UP, on_stream, record
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,29 +30,16 @@ class GraphedUNet:
         time_B = torch.as_tensor(time, device=x_BCHW.device).expand(len(x_BCHW))
         key = (x_BCHW.shape, context_BME.shape, torch.is_grad_enabled())
         if key not in self._graphs:
-            record = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
-            self._graphs[key] = record(x_BCHW, time_B, context_BME)
+            make = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
+            self._graphs[key] = make(x_BCHW, time_B, context_BME)
         return self._graphs[key](x_BCHW, time_B, context_BME)
 
     def _without_gradients(self, *given: Tensor) -> Call:
-        inputs = [tensor.clone() for tensor in given]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # libraries choose kernels and take memory, which a graph cannot hold
-                self._unet(*inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a detector may be at work in another thread
-            output = self._unet(*inputs)
-
-        def replay(*given: Tensor) -> Tensor:
-            for tensor, value in zip(inputs, given, strict=True):
-                tensor.copy_(value)
-            graph.replay()
-            return output.clone()
-
-        return replay
+        with on_stream(torch.cuda.Stream()):
+            for _ in range(WARM_UP):
+                self._unet(*given)
+        replay = record(lambda *inputs: {"output": self._unet(*inputs)}, *given)
+        return lambda *given: replay(*given)["output"]
 
     def _with_gradients(self, *given: Tensor) -> Call:
         inputs = tuple(tensor.detach().clone() for tensor in given)
