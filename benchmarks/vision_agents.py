@@ -6,7 +6,7 @@ python -m benchmarks.vision_agents --toy --detector FOLDER --diffusion FOLDER  #
 Each agent is trained by its recipe (a2c-detect.yaml, ...) for each seed, and its last policy evaluated by `longstride
 evaluate` on scenes of the held-out split. The fixed schedules are compared on training scenes; the best of them, and
 random actions, are then played on held-out ones; on Detect-v0 also a rule written by hand, which sees what agents see.
-Results are written after every environment and agent.
+Results are written after every agent.
 """
 
 import dataclasses
@@ -66,21 +66,35 @@ def main(config: Config) -> None:
         if folder:
             os.environ.update(dict.fromkeys(variables, str(folder.resolve())))
     for name in config.environments:
-        baselines = play_baselines(config, name)
+        compare(config, name)
+
+
+def compare(config: Config, name: str) -> None:
+    """Baselines are played here while agents train in processes of their own."""
+    before = json.loads(config.output.read_text()) if config.output.exists() else []
+    agents: dict[str, list[float]] = {agent: [] for agent in config.agents}
+    baselines: dict[str, Any] = {}
+
+    def play() -> None:
+        baselines.update(play_baselines(config, name))
         print(name, json.dumps(baselines), flush=True)
-        pairs = list(itertools.product(config.agents, config.seeds))
-        agents: dict[str, list[float]] = {agent: [] for agent in config.agents}
-        try:
-            work = [partial(trained, config, agent, name, seed) for agent, seed in pairs]
-            for number, found in side_by_side(work, config.jobs):
-                agent, seed = pairs[number]
-                agents[agent].append(found)
-                print(name, agent, seed, found, flush=True)
-        finally:  # also if it is cut short, by Ctrl-C or SIGTERM
-            means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
-            best = max(baselines["random"], baselines["fixed"])
-            above = {agent: round(mean - best, 4) for agent, mean in means.items()}
-            write_result(config.output, f"vision_agents/{name}", agents, baselines, {"above_random_and_fixed": above})
+
+    def train(agent: str, seed: int) -> None:
+        agents[agent].append(found := trained(config, agent, name, seed))
+        print(name, agent, seed, found, flush=True)
+
+    pieces = [play, *(partial(train, *pair) for pair in itertools.product(config.agents, config.seeds))]
+    for _ in side_by_side(pieces, config.jobs + 1):  # written each time, for it may be cut short
+        config.output.write_text(json.dumps(before))
+        write_result(config.output, f"vision_agents/{name}", agents, baselines, above_baselines(agents, baselines))
+
+
+def above_baselines(agents: dict[str, list[float]], baselines: dict[str, Any]) -> dict[str, Any]:
+    if not baselines:
+        return {}
+    best = max(baselines["random"], baselines["fixed"])
+    means = {agent: float(np.mean(returns)) for agent, returns in agents.items() if returns}
+    return {"above_random_and_fixed": {agent: round(mean - best, 4) for agent, mean in means.items()}}
 
 
 def play_baselines(config: Config, name: str) -> dict[str, Any]:
