@@ -5,7 +5,7 @@ simulator on another machine does. Where the environment is the bottleneck, twic
 
 python -m benchmarks.control_scaling                              on a machine with 16 cores: seven minutes
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
-python -m benchmarks.control_scaling --plot-only                  the newest entry as a PNG, where matplotlib is
+python -m benchmarks.control_scaling --plot-only                  the newest figures as a PNG, where matplotlib is
 """
 
 import dataclasses
@@ -68,12 +68,12 @@ class Config:
     output: Path = Path("benchmarks/results/control_scaling.json")
     plot: Path = Path("docs/images/control_scaling.png")
     plot_only: bool = False
-    """Draw the newest entry, where matplotlib is."""
+    """Draw each environment's newest figures, where matplotlib is."""
 
 
 def main(config: Config) -> None:
     if config.plot_only:
-        return plot(json.loads(config.output.read_text())[-1], config.plot)
+        return plot(json.loads(config.output.read_text()), config.plot)
     found: dict[str, dict[int, float]] = {}
     try:
         for setting in [s for s in SETTINGS if s.env in config.envs]:
@@ -120,17 +120,20 @@ def wait_for_entries(metrics: Path, seconds: float, process: "subprocess.Popen[b
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot(entry: dict[str, Any], path: Path) -> None:
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    for env, rates in entry["ours"]["env_steps_per_s"].items():
+    newest: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        newest |= entry["ours"]["env_steps_per_s"]
+    for env, rates in newest.items():
         workers = [int(w) for w in rates]
         base = rates[str(min(workers))] / min(workers)
         axes.plot(workers, [rate / base for rate in rates.values()], "o-", label=env)
         axes.plot(workers, workers, "k:")
-    axes.set(xlabel="workers", ylabel="steps/s, of those of one worker", title=entry["machine"].partition(",")[0])
+    axes.set(xlabel="workers", ylabel="steps/s, of those of one worker", title=entries[-1]["machine"].partition(",")[0])
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
