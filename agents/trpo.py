@@ -13,8 +13,8 @@ Shapes: B steps, P parameters of the policy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class TRPOConfig(OnPolicyConfig):
     gae_lambda: float = 0.98
     max_kl: float = 0.01
     """δ, in nats."""
+    kl_schedule: Literal["linear", "constant"] = "constant"
+    """linear: δ falls to 0 over the run, as learning rates do."""
     cg_steps: int = 15
     """Of conjugate gradient, at most."""
     cg_damping: float = 0.1
@@ -85,7 +87,8 @@ class TRPO(Learner):
         with torch.no_grad():
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, self.config)
-        metrics = trust_region_step(self.policy, steps, self.config)
+        max_kl = self.config.max_kl * (self.remaining if self.config.kl_schedule == "linear" else 1)
+        metrics = trust_region_step(self.policy, steps, replace(self.config, max_kl=max_kl))
         order = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", self.round))
         epochs, size = self.config.critic_epochs, self.config.critic_batch
         metrics["train/value_loss"] = fit_critic(self.critic, self.optimizers["adam"], steps, epochs, size, order)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,3 +144,15 @@ def test_it_learns_to_reach(tmp_path: Path) -> None:
     env = "tests.envs.control.environments:Reaching"
     config = TRPOConfig(env=env, steps=20_000, eval_every=20_000, log_std_init=-1.0, max_kl=0.05)
     assert train("trpo", config, tmp_path, "run")["eval/return_mean"] > -0.1
+
+
+def test_a_linear_schedule_shrinks_the_trust_region_to_nothing(tmp_path: Path) -> None:
+    env = "tests.envs.control.environments:Reaching"
+    config = TRPOConfig(env=env, steps=4000, eval_every=4000, log_every=1, max_kl=0.05, kl_schedule="linear")
+    train("trpo", config, tmp_path, "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    begun = [0, *(row["step"] for row in rows[:-1])]
+    limits = [0.05 * (1 - step / 4000) for step in begun]
+    assert limits[-1] < 0.02
+    assert all(row["train/kl"] <= limit for row, limit in zip(rows, limits, strict=True))
+    assert rows[0]["train/kl"] > limits[-1]  # which the first round's step could not have passed later
