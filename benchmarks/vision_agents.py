@@ -72,7 +72,7 @@ def main(config: Config) -> None:
 def compare(config: Config, name: str) -> None:
     """Baselines are played here while agents train in processes of their own."""
     before = json.loads(config.output.read_text()) if config.output.exists() else []
-    agents: dict[str, list[float]] = {agent: [] for agent in config.agents}
+    found: dict[str, dict[int, float]] = {agent: {} for agent in config.agents}
     baselines: dict[str, Any] = {}
 
     def play() -> None:
@@ -80,11 +80,12 @@ def compare(config: Config, name: str) -> None:
         print(name, json.dumps(baselines), flush=True)
 
     def train(agent: str, seed: int) -> None:
-        agents[agent].append(found := trained(config, agent, name, seed))
-        print(name, agent, seed, found, flush=True)
+        found[agent][seed] = trained(config, agent, name, seed)
+        print(name, agent, seed, found[agent][seed], flush=True)
 
     pieces = [play, *(partial(train, *pair) for pair in itertools.product(config.agents, config.seeds))]
     for _ in side_by_side(pieces, config.jobs + 1):  # written each time, for it may be cut short
+        agents = {agent: [returns[seed] for seed in sorted(returns)] for agent, returns in found.items()}
         config.output.write_text(json.dumps(before))
         write_result(config.output, f"vision_agents/{name}", agents, baselines, above_baselines(agents, baselines))
 
