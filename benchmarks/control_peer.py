@@ -6,11 +6,12 @@
 
 Ours runs as a user runs it, from the recipe that comes with longstride (`a2c-cartpole`), and with the policy and the
 environments in one process unless --backend and --workers say otherwise, as the peer does. Seeds of both sides are
-interleaved, so that whatever else the machine does falls on both; each process has one thread. One entry for each
-(algo, env): the median over the seeds of the mean return of 20 deterministic episodes after the last step, training
-steps per second, and seconds from the start of the process until the mean return of the last 100 training episodes
-reaches a threshold. An entry is written after each run, so an interrupted benchmark keeps what it has; with --go-on the
-same command adds what the newest entry of its kind lacks. Where the peer would take days, scores alone can be compared:
+interleaved, so that whatever else the machine does falls on both; each process has one thread unless --peer-threads
+gives the peer more. One entry for each (algo, env): the median over the seeds of the mean return of 20 deterministic
+episodes after the last step, training steps per second, and seconds from the start of the process until the mean return
+of the last 100 training episodes reaches a threshold. An entry is written after each run, so an interrupted benchmark
+keeps what it has; with --go-on the same command adds what the newest entry of its kind lacks (ours anew if the recipe
+has changed). Where the peer would take days, scores alone can be compared:
 
     python -m benchmarks.control_peer --algo ddpg --env Hopper-v5 --steps 300000 --device cuda --peer-device cpu \
         --sides ours          # on a GPU; then --sides peer --go-on wherever there are cores, a few seeds at a time
@@ -31,6 +32,7 @@ import tyro
 
 from benchmarks.record import describe_machine, write_result
 from benchmarks.training_run import quietly, side_by_side
+from launch.config import read_recipe
 
 THRESHOLDS = {
     "CartPole-v1": 475,
@@ -46,7 +48,6 @@ THRESHOLDS = {
     "Reacher-v5": -10,
     "Ant-v5": 1000,
 }
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclasses.dataclass
@@ -63,6 +64,7 @@ class Config:
     """Where both sides learn."""
     peer_device: Literal["cpu", "cuda"] | None = None
     """Where the peer learns, if elsewhere: such an entry compares scores, and has no ratios of time."""
+    peer_threads: int = 1
     sides: tuple[Literal["ours", "peer"], ...] = ("ours", "peer")
     go_on: bool = False
     """Keep the runs of the newest entry of this algo, env and steps, and add the missing ones."""
@@ -72,6 +74,10 @@ class Config:
 
 def recipe_name(algo: str, env: str) -> str:
     return f"{algo}-{env.partition('-')[0].lower()}"
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    return read_recipe(recipe_name(config.algo, config.env), None)
 
 
 def ours(config: Config, seed: int) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "launch", "train", config.algo]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     began = time.time()
-    quietly(command, ONE_THREAD)
+    quietly(command, {"OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in (runs_dir / name / "metrics.jsonl").read_text().splitlines()]
     threshold = THRESHOLDS[config.env]
     reached = next((row for row in rows if row.get("train/return_mean", -1e9) >= threshold), None)
@@ -113,10 +119,10 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
 
 def peer(config: Config, seed: int) -> dict[str, Any]:
     flags = {"algo": config.algo, "env": config.env, "steps": config.steps, "seed": seed}
-    flags["device"] = config.peer_device or config.device
+    flags |= {"device": config.peer_device or config.device, "threads": config.peer_threads}
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    lines = quietly(command, ONE_THREAD).splitlines()
+    lines = quietly(command, {"OMP_NUM_THREADS": str(config.peer_threads)}).splitlines()
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 
 
@@ -135,6 +141,7 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
     head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
     head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "device": config.device}
     head |= {"peer_device": config.peer_device, "runs_at_a_time": config.jobs}
+    head |= {"recipe": recipe(config)}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
     if sides["ours"] and sides["peer"] and not config.peer_device:
@@ -177,6 +184,8 @@ def main(config: Config) -> None:
     if begun:
         entries.remove(begun)
         found = {side: begun[side].get("runs", []) for side in found}
+        if begun["ours"].get("recipe", recipe(config)) != recipe(config):
+            found["ours"] = []  # by hyperparameters of then
     sides = [side for side in (ours, peer) if side.__name__ in config.sides]
     done = {(run["seed"], side) for side, runs in found.items() for run in runs}
     pairs = [(s, side) for s, side in itertools.product(range(config.seeds), sides) if (s, side.__name__) not in done]

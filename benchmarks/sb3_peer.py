@@ -94,10 +94,11 @@ class Config:
     threshold: float
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.threads)
     import sb3_contrib
     import stable_baselines3
     from stable_baselines3.common.callbacks import BaseCallback
@@ -139,6 +140,7 @@ def main(config: Config) -> None:
         json.dumps(
             {
                 "seed": config.seed,
+                "threads": config.threads,
                 "steps": model.num_timesteps,
                 "return_mean": round(float(np.mean(score)), 2),
                 "steps_per_s": round(model.num_timesteps / seconds, 1),
