@@ -52,6 +52,8 @@ class Config:
     jobs: int = 1
     """Agents that train at a time, each in a process of its own."""
     toy: bool = False
+    baselines_only: bool = False
+    """Play the baselines of the environments, print their returns as JSON, one line each, and write nothing."""
     output: Path = Path("benchmarks/results/vision_agents.json")
 
 
@@ -66,17 +68,23 @@ def main(config: Config) -> None:
         if folder:
             os.environ.update(dict.fromkeys(variables, str(folder.resolve())))
     for name in config.environments:
-        compare(config, name)
+        if config.baselines_only:
+            print(json.dumps(play_baselines(config, name)))
+        else:
+            compare(config, name)
 
 
 def compare(config: Config, name: str) -> None:
-    """Baselines are played here while agents train in processes of their own."""
+    """Train agents and play baselines, in processes side by side."""
     before = json.loads(config.output.read_text()) if config.output.exists() else []
     found: dict[str, dict[int, float]] = {agent: {} for agent in config.agents}
     baselines: dict[str, Any] = {}
 
     def play() -> None:
-        baselines.update(play_baselines(config, name))
+        command = [sys.executable, "-m", "benchmarks.vision_agents", "--baselines-only", "--environments", name]
+        command += ["--episodes", str(config.episodes), "--device", config.device]
+        said = quietly(command, share_of_cores(config.jobs + 1))
+        baselines.update(json.loads(said.splitlines()[-1]))
         print(name, json.dumps(baselines), flush=True)
 
     def train(agent: str, seed: int) -> None:
@@ -187,7 +195,7 @@ def trained(config: Config, agent: str, name: str, seed: int) -> float:
 
 
 def launch(config: Config, arguments: list[str], split: str) -> None:
-    quietly([sys.executable, "-m", "launch", *arguments], {SPLIT_VARIABLE: split, **share_of_cores(config.jobs)})
+    quietly([sys.executable, "-m", "launch", *arguments], {SPLIT_VARIABLE: split, **share_of_cores(config.jobs + 1)})
 
 
 if __name__ == "__main__":
