@@ -134,7 +134,7 @@ def judge(
             reasons[a.verdict.reason] = reasons.get(a.verdict.reason, 0.0) + 1
             samples.append(
                 Sample(
-                    session.prompts[problem.id],
+                    session.prompts[problem.prompt],
                     a.completion.tokens,
                     a.completion.logprobs,
                     advantage,

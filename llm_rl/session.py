@@ -64,7 +64,7 @@ class Session:
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
         self.dialogue = Dialogue(self.folder, config.system_prompt)
-        self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
+        self.prompts = {p.prompt: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
         stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
         self.sampling = SamplingConfig(temperature, max_tokens, stops)
@@ -99,11 +99,12 @@ class Session:
 
     def _context(self, max_tokens: int, limit: int) -> int:
         """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""
-        longest = max(self.prompts, key=lambda id: len(self.prompts[id]))
-        context = len(self.prompts[longest]) + max_tokens
+        longest = max([*self.sets.train, *self.sets.heldout], key=lambda p: len(self.prompts[p.prompt]))
+        length = len(self.prompts[longest.prompt])
+        context = length + max_tokens
         if context > limit:
             raise UserError(
-                f"problem {longest}: its prompt of {len(self.prompts[longest])} tokens plus {max_tokens} new tokens "
+                f"problem {longest.id}: its prompt of {length} tokens plus {max_tokens} new tokens "
                 f"exceed the policy's context of {limit}; shorten the prompt or lower --rl.max-tokens"
             )
         return min(limit, -(-context // 64) * 64)
@@ -150,7 +151,7 @@ class Session:
             for index, group, words in zip(indices, completions, texts):
                 attempts[index] = [Attempt(c, text, next(verdicts)) for c, text in zip(group, words)]
 
-        prompts = [self.prompts[p.id] for p in problems]
+        prompts = [self.prompts[p.prompt] for p in problems]
         collect(self.workers, prompts, sampling, samples, seed, self.config.rollout.timeout_s, verify)
         return attempts
 

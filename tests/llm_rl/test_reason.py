@@ -4,13 +4,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from launch.cli import main
-from llm_rl import reason, session
+from llm_rl import reason, rollout, session
 from models.language.checkpoint import load_pretrained, to_checkpoint
 from models.language.peft_folder import load_adapter
 
@@ -186,6 +187,57 @@ def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "own" / "summary.json").read_text())
     assert "heldout/pass@1/rl" in summary["metrics"]
     assert "heldout/pass@1/sft" not in summary["metrics"]
+
+
+def test_each_problem_is_asked_with_its_own_prompt_where_files_share_ids(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, sums in (("train.jsonl", range(8)), ("test.jsonl", range(10, 18))):
+        rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n), "id": str(n % 10)} for n in sums]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    attempt, asked = session.Session.attempt, list[list[list[int]]]()
+    wanted = list[list[list[int]]]()
+
+    def spy(self: session.Session, problems: list, *rest: Any) -> list:
+        wanted.append([self.dialogue.prompt(p.prompt) for p in problems])
+        return attempt(self, problems, *rest)
+
+    def collect(workers: Any, prompts: list[list[int]], *rest: Any) -> list:
+        asked.append(prompts)
+        return rollout.collect(workers, prompts, *rest)
+
+    monkeypatch.setattr(session.Session, "attempt", spy)
+    monkeypatch.setattr(session, "collect", collect)
+    flags = ["--problems", str(tmp_path / "train.jsonl"), "--eval.problems", str(tmp_path / "test.jsonl")]
+    flags += ["--model", str(finished / "policy" / "final"), "--sft.steps", "0", "--rl.iterations", "1"]
+    assert train(tmp_path, "shared", *flags) == 0
+    assert len(asked) == 5  # two evaluations of greedy and sampled answers, one iteration
+    assert asked == wanted
+    metrics = json.loads((tmp_path / "shared" / "summary.json").read_text())["metrics"]
+    assert f"heldout/pass@1/rl/{tmp_path / 'test.jsonl'}" in metrics
+    assert f"sampler/level/{tmp_path / 'train.jsonl'}" in metrics
+
+
+def test_a_run_on_a_file_with_ids_resumes_and_one_on_another_file_does_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"{n}?", "answer": str(n), "id": f"n-{n}", "difficulty": n % 4} for n in range(20)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--problems", str(problems), "--model", str(finished / "policy" / "final"), "--sft.steps", "0"]
+    assert train(tmp_path, "straight", *flags) == 0
+    break_at(monkeypatch, "iterate", 3)
+    with pytest.raises(Unplugged):
+        train(tmp_path, "broken", *flags)
+    monkeypatch.undo()
+    whole = problems.read_text()
+    problems.write_text("".join(whole.splitlines(keepends=True)[:15]))
+    assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 2
+    assert "the checkpoint knows 16 problems" in capsys.readouterr().err
+    problems.write_text(whole)
+    assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 0
+    ours, theirs = (tmp_path / run / "policy" / "final" / "model.safetensors" for run in ("broken", "straight"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
