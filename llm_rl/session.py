@@ -63,11 +63,10 @@ class Session:
         language = read_config(self.folder)
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
-        self.dialogue = Dialogue(self.folder, config.system_prompt)
+        self.dialogue = Dialogue(self.folder, config.system_prompt, language.eos_token_id)
         self.prompts = {p.prompt: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
-        stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
-        self.sampling = SamplingConfig(temperature, max_tokens, stops)
+        self.sampling = SamplingConfig(temperature, max_tokens, self.dialogue.stops)
         self.verifiers = Verifiers(config, run, [*self.sets.train, *self.sets.heldout])
         gpu = run.device == "cuda"
         rollout, learner = config.rollout, config.learner

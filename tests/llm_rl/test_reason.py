@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from launch.cli import main
 from llm_rl import reason, rollout, session
@@ -187,6 +189,18 @@ def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "own" / "summary.json").read_text())
     assert "heldout/pass@1/rl" in summary["metrics"]
     assert "heldout/pass@1/sft" not in summary["metrics"]
+
+
+def test_every_end_token_of_the_config_ends_an_answer_and_is_no_part_of_it(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "policy" / "final", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    digits = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(list("0123456789"))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], *digits]}))
+    assert train(tmp_path, "ends", "--model", str(folder), "--sft.steps", "0", "--rl.iterations", "1") == 0
+    rows = [json.loads(line) for file in (tmp_path / "ends/rollouts").iterdir() for line in file.open()]
+    said = [row["completion"] for row in rows if row["finish"] == "stop"]
+    assert said
+    assert not any(re.search(r"\d", text) for text in said)
 
 
 def test_each_problem_is_asked_with_its_own_prompt_where_files_share_ids(
