@@ -37,7 +37,7 @@ THOUGHT = re.compile("<think>.*</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Attempt:
-    """One completion with its verdict."""
+    """One completion with its verdict. text: as the verifier reads it, with a `<think>` that the prompt ended in."""
 
     completion: Completion
     text: str
@@ -144,7 +144,8 @@ class Session:
         attempts: list[list[Attempt]] = [[] for _ in problems]
 
         def verify(indices: list[int], completions: list[list[Completion]]) -> None:
-            texts = [[self.dialogue.text(c.tokens) for c in group] for group in completions]
+            openings = [self.dialogue.opening(problems[i].prompt) for i in indices]
+            texts = [[o + self.dialogue.text(c.tokens) for c in group] for o, group in zip(openings, completions)]
             owners = [problems[i] for i, group in zip(indices, texts) for _ in group]
             verdicts = iter(self.verifiers.score(owners, [text for group in texts for text in group]))
             for index, group, words in zip(indices, completions, texts):

@@ -71,13 +71,20 @@ class Dialogue:
 
     def prompt(self, question: str) -> list[int]:
         """Token ids up to where the policy begins to answer."""
+        return self.tokenizer.encode(self._rendered(question), add_special_tokens=not self.tokenizer.chat_template)
+
+    def opening(self, question: str) -> str:
+        """`<think>` if the prompt leaves thinking open, as the templates of DeepSeek-R1's distillates and of
+        Qwen3-Thinking do: the completion begins in the middle of it. Otherwise empty."""
+        opened, closed = map(self._rendered(question).rfind, MARKS)
+        return MARKS[0] if opened > closed else ""
+
+    def _rendered(self, question: str) -> str:
         if not self.tokenizer.chat_template:
-            text = f"{self.system_prompt}\n{question}\n" if self.system_prompt else f"{question}\n"
-            return self.tokenizer.encode(text)
+            return f"{self.system_prompt}\n{question}\n" if self.system_prompt else f"{question}\n"
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages.append({"role": "user", "content": question})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(cast(str, rendered), add_special_tokens=False)
+        return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def answer(self, text: str) -> list[int]:
         """Token ids of a worked solution, with the end token."""

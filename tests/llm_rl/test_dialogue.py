@@ -1,4 +1,4 @@
-"""Prompts and completions in a policy's own dialogue format: what ends a turn."""
+"""Prompts and completions in a policy's own dialogue format: what ends a turn, and thinking that the prompt opens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.session import Session
 from llm_rl.tokenizer import CHAT_TEMPLATE, Dialogue, train_tokenizer
 
+THINKING = CHAT_TEMPLATE.replace("prompt %}<|assistant|>", "prompt %}<|assistant|><think>\n")
 QUESTION = Problem("p", "What is 2 + 2?", "4", "exact")
 
 
@@ -49,3 +50,28 @@ def test_the_token_that_ended_the_answer_is_no_part_of_it(tmp_path: Path, end: s
     assert verdict(of, f"4{end}").correct
     assert of.text(of.tokenizer.encode(f"4<|user|>{end or '4'}")) == ("4<|user|>" if end else "4<|user|>4")
     assert of.text([]) == ""
+
+
+def test_thinking_that_the_prompt_opened_must_be_closed(tmp_path: Path) -> None:
+    of = dialogue(tmp_path, THINKING)
+    assert of.tokenizer.decode(of.prompt("?")) == "<|user|>?<|assistant|><think>\n"
+    assert verdict(of, "4").reason == "unparsable"
+    assert verdict(of, "2 and 2</think>4<|end|>").correct
+    assert verdict(of, "<think>2 and 2</think>4<|end|>").correct
+
+
+def test_thinking_that_the_prompt_did_not_open_need_not_be_closed(tmp_path: Path) -> None:
+    assert verdict(dialogue(tmp_path), "4").correct
+    told = "Think between <think> and </think>."
+    assert verdict(dialogue(tmp_path, system_prompt=told), "4").correct
+    assert verdict(dialogue(tmp_path, THINKING, told), "4").reason == "unparsable"
+    closed = THINKING.replace("<think>\n", "<think></think>")
+    assert verdict(dialogue(tmp_path, closed), "4").correct
+
+
+def test_thinking_that_the_problem_itself_opens_without_a_template(tmp_path: Path) -> None:
+    of = dialogue(tmp_path, None)
+    opened = Problem("p", "User: 2 + 2?\nAssistant: <think>", "4", "exact")
+    assert verdict(of, "4", opened).reason == "unparsable"
+    assert verdict(of, "</think>4", opened).correct
+    assert verdict(of, "4").correct
