@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.problem import Problem, Verdict
 from llm_rl.batch import Sample
-from llm_rl.config import LanguageJob
+from llm_rl.config import LanguageJob, SFTJobConfig
 from llm_rl.evaluation import heldout_metrics
 from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.learner import Learner
@@ -102,9 +102,10 @@ class Session:
         length = len(self.prompts[longest.prompt])
         context = length + max_tokens
         if context > limit:
+            flag = "--max-tokens" if isinstance(self.config, SFTJobConfig) else "--rl.max-tokens"
             raise UserError(
                 f"problem {longest.id}: its prompt of {length} tokens plus {max_tokens} new tokens "
-                f"exceed the policy's context of {limit}; shorten the prompt or lower --rl.max-tokens"
+                f"exceed the policy's context of {limit}; shorten the prompt or lower {flag}"
             )
         return min(limit, -(-context // 64) * 64)
 

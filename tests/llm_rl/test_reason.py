@@ -296,6 +296,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "bad").exists()  # nothing was trained, and the name is free again
 
 
+def test_fine_tuning_names_its_own_limit_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--problems", "gym:chain_sum", "--count", "20", "--eval.count", "2", "--backend", "local"]
+    flags += ["--policy.max-position-embeddings", "20", "--engine", "torch", "--runs-dir", str(tmp_path)]
+    assert main(["train", "sft", *flags, "--sft.count", "20"]) == 2
+    assert "or lower --max-tokens" in capsys.readouterr().err
+
+
 def test_a_truncated_model_folder_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
