@@ -54,11 +54,12 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     summaries = {seed: RunDirectory(folder / f"seed-{seed}").read_summary() for seed in seeds}
     finished = {seed: s["metrics"] for seed, s in summaries.items() if s.get("status") == "finished"}
     if finished:
-        report(job, folder, finished, console)
+        report(job, folder, finished, [seed for seed in seeds if seed not in finished], console)
     return max(codes, default=0)
 
 
 def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunConsole) -> list[int]:
+    """Return the exit codes; of a process that a signal ended, as a shell has it: 128 + its number."""
     waiting, running, codes = list(seeds), dict[int, subprocess.Popen[bytes]](), []
     try:
         while waiting or running:
@@ -71,8 +72,9 @@ def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunC
             for seed, process in list(running.items()):
                 if process.poll() is not None:
                     del running[seed]
-                    codes.append(process.returncode)
-                    console.print(f"seed {seed}: {_outcome(folder, seed, process.returncode)}")
+                    code = process.returncode
+                    codes.append(code if code >= 0 else 128 - code)
+                    console.print(f"seed {seed}: {_outcome(folder, seed, code)}")
     finally:
         for process in running.values():
             process.send_signal(signal.SIGTERM)  # each run ends in order
@@ -98,15 +100,20 @@ def _outcome(folder: Path, seed: int, code: int) -> str:
         metrics = RunDirectory(folder / f"seed-{seed}").read_summary()["metrics"]
         return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items() if _aggregated(name)) or "finished"
     lines = (folder / f"seed-{seed}.log").read_text(errors="replace").splitlines()
-    return f"failed with exit code {code}: {lines[-1] if lines else 'it said nothing'}"
+    said = lines[-1] if lines else "it said nothing"
+    if code < 0:  # killed for its memory, say: its last line knows nothing of it
+        return f"ended by {signal.Signals(-code).name}; its last line: {said}"
+    return f"failed with exit code {code}: {said}"
 
 
 def _aggregated(metric: str) -> bool:
     return metric.startswith(SUMMARIZED) and not metric.endswith(NOT_AGGREGATED)
 
 
-def report(job: str, folder: Path, finished: Mapping[int, Mapping[str, float]], console: RunConsole) -> None:
-    """Print the table, and write aggregate.json and curves.png. finished: metrics of each seed."""
+def report(
+    job: str, folder: Path, finished: Mapping[int, Mapping[str, float]], missing: list[int], console: RunConsole
+) -> None:
+    """Print the table, and write aggregate.json and curves.png. finished: metrics of each seed; missing: the others."""
     names = [name for name in next(iter(finished.values())) if _aggregated(name)]
     names = [name for name in names if all(name in metrics for metrics in finished.values())]
     figures = {name: aggregate(np.array([metrics[name] for metrics in finished.values()])) for name in names}
@@ -114,10 +121,11 @@ def report(job: str, folder: Path, finished: Mapping[int, Mapping[str, float]], 
         [name, *(f"{f[what]:.5g} [{f[f'{what}_ci95'][0]:.5g}, {f[f'{what}_ci95'][1]:.5g}]" for what in ("mean", "iqm"))]
         for name, f in figures.items()
     ]
-    console.table(f"{folder.name}: {len(finished)} seeds", ["metric", "mean [95%]", "interquartile mean [95%]"], rows)
+    title = f"{folder.name}: {len(finished)} seeds" + (f", without {', '.join(map(str, missing))}" if missing else "")
+    console.table(title, ["metric", "mean [95%]", "interquartile mean [95%]"], rows)
     path = folder / "aggregate.json"
     with refusals_explained(path, "write"):
-        content = {"job": job, "seeds": list(finished), "metrics": figures}
+        content = {"job": job, "seeds": list(finished), "missing": missing, "metrics": figures}
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     console.print(str(path))
     for name in names[:1]:

@@ -1,4 +1,5 @@
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import yaml
 from launch import seeds
 from launch.cli import main
 from launch.console import RunConsole
+from launch.run_directory import RunDirectory
 
 COUNTING = "tests.envs.control.environments:Counting-v0"
 SETTINGS = ["--env", COUNTING, "--steps", "600", "--eval-every", "200", "--eval-episodes", "2", "--backend", "local"]
@@ -57,11 +59,29 @@ def test_a_seed_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "many" / "aggregate.json").exists()
 
 
+def test_a_seed_that_is_killed_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commands(job: str, folder: Path, seed: int) -> list[str]:
+        directory = RunDirectory.create(folder, f"seed-{seed}", {"job": job})
+        directory.write_summary({"status": "running" if seed else "finished", "metrics": {"eval/a": 1.0}})
+        directory.metrics.touch()
+        return ["sh", "-c", "kill -9 $$" if seed else "exit 0"]
+
+    monkeypatch.setattr(seeds, "_command", commands)
+    assert main(command(tmp_path)) == 128 + signal.SIGKILL
+    said = capsys.readouterr().out
+    assert "seed 1: ended by SIGKILL; its last line: it said nothing" in said
+    assert "many: 1 seeds, without 1" in said
+    found = json.loads((tmp_path / "many" / "aggregate.json").read_text())
+    assert (found["seeds"], found["missing"]) == ([0], [1])
+
+
 def test_only_what_all_seeds_have_is_aggregated(tmp_path: Path) -> None:
     finished = {0: {"eval/a": 1.0, "eval/b": 2.0, "train/c": 1.0}, 1: {"eval/a": 3.0, "train/c": 1.0}}
     for seed in finished:
         (tmp_path / f"seed-{seed}").mkdir()
         (tmp_path / f"seed-{seed}" / "metrics.jsonl").write_text('{"step": 1, "eval/a": 2}\n{"step": 2, "ev')
-    seeds.report("a2c", tmp_path, finished, RunConsole("x"))
+    seeds.report("a2c", tmp_path, finished, [], RunConsole("x"))
     assert list(json.loads((tmp_path / "aggregate.json").read_text())["metrics"]) == ["eval/a"]
     assert (tmp_path / "curves.png").exists()
