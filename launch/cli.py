@@ -13,6 +13,7 @@ lists a job's settings.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("jobs:", ", ".join(jobs.JOBS))
         return 0 if arguments else USER_ERROR
     command, *rest = arguments
+    _import_from_here()
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}: did you mean {nearest(command, COMMANDS)}?")
@@ -48,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"longstride: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
+
+
+def _import_from_here() -> None:
+    """Let `--env mine:Lander-v0` find mine.py in the current folder, where `python -m` looks and a console script does
+    not. Behind everything else, and behind our own packages: a folder `models` of the user's hides none of ours."""
+    for folder in (str(Path(__file__).parent.parent), os.getcwd()):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def train(arguments: Sequence[str]) -> int:

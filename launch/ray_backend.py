@@ -72,7 +72,10 @@ class RayBackend:
 
 
 def _import_path() -> str:
-    """What this process added to the interpreter's own import path: a checkout, a test folder."""
+    """What this process added to the interpreter's own import path: a checkout, a test folder, the current one.
+
+    Actors look there first; our own packages come before a folder `models` of the user's.
+    """
     own = (sys.prefix, sys.base_prefix)
     paths = [str(Path(entry).resolve()) for entry in sys.path if not entry.startswith(own)]
-    return os.pathsep.join(dict.fromkeys(paths))
+    return os.pathsep.join(dict.fromkeys([str(Path(__file__).resolve().parent.parent), *paths]))
