@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
 from launch.execution import INTERRUPTED
 from launch.run_directory import RunDirectory
+from launch.sweep_search import Settings, Untried, as_drawn, as_set, domain
 from launch.sweep_space import Dimension, SweepOptions, with_values
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -40,8 +43,6 @@ from models.seeding import derive_seed
 OBJECTIVE = "objective"  # Tune's name for the metric
 POLL_S = 0.2
 STOP_S = 20.0  # for a run to save and end
-
-Settings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Sweep:
     working_directory: str = dataclasses.field(default_factory=os.getcwd)  # Tune gives its actors another
 
     def trial_file(self, settings: Settings, ending: str) -> Path:
-        digest = hashlib.sha256(json.dumps(_as_set(settings), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(as_set(settings), sort_keys=True).encode()).hexdigest()
         return self.folder / "trials" / f"{digest[:12]}{ending}"
 
 
@@ -71,7 +72,7 @@ class Trial(tune.Trainable):
         command = ["resume", name, *where]
         if not self._directory.config.exists():
             recipe = sweep.trial_file(config, ".yaml")
-            entries = {"job": sweep.job} | with_values(sweep.entries, _as_set(config))
+            entries = {"job": sweep.job} | with_values(sweep.entries, as_set(config))
             write_atomically(recipe, yaml.safe_dump(entries, sort_keys=False))
             command = ["train", sweep.job, "--recipe", str(recipe), "--name", name, *where]
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,7 +129,7 @@ class Report(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         path, value = self._sweep.trial_file(trial.config, ".json"), trial.last_result[OBJECTIVE]
-        write_atomically(path, json.dumps({"settings": _as_set(trial.config), "value": value}) + "\n")
+        write_atomically(path, json.dumps({"settings": as_set(trial.config), "value": value}) + "\n")
         self._print(f"trial {path.stem}: {self._sweep.options.metric} {value:.5g} with {_shown(trial.config)}")
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
@@ -157,6 +158,10 @@ def run(sweep: Sweep) -> int:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told below, in a line
     errors: list[str] = []
+    if (wanted := _wanted(sweep)) < options.trials:
+        RunConsole(folder.name).print(
+            f"the space has {wanted} different settings: {wanted} trials, not {options.trials}"
+        )
     if _missing(sweep):
         cluster.start(log=folder / "ray.log")
         # Tune ends in order on SIGINT alone.
@@ -164,8 +169,9 @@ def run(sweep: Sweep) -> int:
         try:
             if begun := _begun(sweep)[: _missing(sweep)]:
                 errors += _search(sweep, BasicVariantGenerator(points_to_evaluate=begun), len(begun))
-            if not errors and (more := _missing(sweep)):
-                errors += _search(sweep, _searcher(sweep), more)
+            # Those that were begun are no longer unfinished, unless somebody interrupted them.
+            if not errors and not _begun(sweep) and (more := _missing(sweep)):
+                errors += _search(sweep, _searcher(sweep, more), more)
         finally:
             signal.signal(signal.SIGTERM, before)
             cluster.stop()
@@ -180,7 +186,7 @@ def _search(sweep: Sweep, searcher: Any, trials: int) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="longstride-tune-") as storage:
         results = tune.Tuner(
             trainable,
-            param_space={name: _domain(dimension) for name, dimension in sweep.space.items()},
+            param_space={name: domain(dimension) for name, dimension in sweep.space.items()},
             tune_config=tune.TuneConfig(
                 metric=OBJECTIVE,
                 mode=sweep.options.mode,
@@ -194,30 +200,20 @@ def _search(sweep: Sweep, searcher: Any, trials: int) -> list[str]:
     return [str(error).strip().splitlines()[-1] for error in results.errors]
 
 
-def _searcher(sweep: Sweep) -> Any:
+def _searcher(sweep: Sweep, trials: int) -> Any:
     finished = _finished(sweep)
-    seed = derive_seed(sweep.seed, "sweep", len(finished))  # what is drawn after a restart is not drawn again
+    seed = derive_seed(sweep.seed, "sweep", len(finished)) % 2**32  # what was drawn before a restart is not drawn again
+    recipes = set((sweep.folder / "trials").glob("*.yaml"))
+    untried = Untried(sweep.space, seed, partial(sweep.trial_file, ending=".yaml"), recipes)
     if sweep.options.search == "random":
-        return BasicVariantGenerator(random_state=seed)
+        return BasicVariantGenerator(points_to_evaluate=[untried.draw() for _ in range(trials)])
     try:
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        points = [{name: _as_drawn(value) for name, value in trial["settings"].items()} for trial in finished]
-        values = [trial["value"] for trial in finished]
-        return OptunaSearch(points_to_evaluate=points or None, evaluated_rewards=values or None, seed=seed % 2**32)
+        from launch.sweep_optuna import UntriedOptuna
     except ImportError:
         raise UserError("--search optuna needs optuna: pip install 'longstride[sweep]', or --search random") from None
-
-
-def _domain(dimension: Dimension) -> Any:
-    if dimension.choices:
-        return tune.choice([_as_drawn(choice) for choice in dimension.choices])
-    low, high = dimension.low, dimension.high
-    if dimension.whole:
-        return (tune.lograndint if dimension.log else tune.randint)(int(low), int(high) + 1)
-    return (tune.loguniform if dimension.log else tune.uniform)(low, high)
+    points = [{name: as_drawn(value) for name, value in trial["settings"].items()} for trial in finished]
+    values = [trial["value"] for trial in finished]
+    return UntriedOptuna(untried, points_to_evaluate=points or None, evaluated_rewards=values or None, seed=seed)
 
 
 def _finished(sweep: Sweep) -> list[dict[str, Any]]:
@@ -239,21 +235,17 @@ def _settings(entries: Mapping[str, Any], names: Sequence[str] | Mapping[str, An
         value: Any = entries
         for key in name.split("."):
             value = value[key]
-        found[name] = _as_drawn(value)
+        found[name] = as_drawn(value)
     return found
 
 
-def _as_drawn(value: Any) -> Any:
-    """The search knows a list among the choices as its JSON text; files and runs have the list."""
-    return json.dumps(value) if isinstance(value, list | tuple) else value
-
-
-def _as_set(settings: Settings) -> Settings:
-    return {n: json.loads(v) if isinstance(v, str) and v.startswith("[") else v for n, v in settings.items()}
+def _wanted(sweep: Sweep) -> int:
+    """How many trials: no more than there are settings to try."""
+    return int(min(sweep.options.trials, math.prod(dimension.count for dimension in sweep.space.values())))
 
 
 def _missing(sweep: Sweep) -> int:
-    return max(0, sweep.options.trials - len(_finished(sweep)))
+    return max(0, _wanted(sweep) - len(_finished(sweep)))
 
 
 def _conclude(sweep: Sweep, errors: list[str]) -> int:

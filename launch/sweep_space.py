@@ -6,6 +6,7 @@ segments: {low: 1, high: 8}                 # both whole numbers: so is every va
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,13 @@ class Dimension:
     @property
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def count(self) -> float:
+        """Of the values; infinite for a range of real numbers."""
+        if self.choices:
+            return len(self.choices)
+        return self.high - self.low + 1 if self.whole else math.inf
 
     @property
     def limits(self) -> tuple[Any, ...]:
@@ -109,7 +117,11 @@ def _dimension(value: Any, where: str) -> Dimension:
     if "choices" in value:
         if not isinstance(value["choices"], list) or not value["choices"]:
             raise UserError(f"{where}: choices must be a list of values")
-        return Dimension(choices=tuple(tuple(c) if isinstance(c, list) else c for c in value["choices"]))
+        choices = [tuple(c) if isinstance(c, list) else c for c in value["choices"]]
+        for i, choice in enumerate(choices):
+            if choice in choices[:i]:
+                raise UserError(f"{where}: {value['choices'][i]} is there twice among the choices")
+        return Dimension(choices=tuple(choices))
     low, high, log = value["low"], value["high"], value.get("log", False)
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (low, high)) or not isinstance(
         log, bool

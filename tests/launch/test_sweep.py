@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.sweep_optuna import UntriedOptuna
+from launch.sweep_search import Untried, domain
+from launch.sweep_space import Dimension
+
 pytestmark = pytest.mark.ray
 ENVIRONMENTS = "tests.envs.control.environments"
 SPACE = (
@@ -14,8 +18,8 @@ SPACE = (
 )
 
 
-def command(path: Path, env: str, trials: int) -> list[str]:
-    (path / "space.yaml").write_text(SPACE)
+def command(path: Path, env: str, trials: int, space: str = SPACE) -> list[str]:
+    (path / "space.yaml").write_text(space)
     settings = ["--env", f"{ENVIRONMENTS}:{env}", "--steps", "600", "--eval-every", "200", "--eval-episodes", "2"]
     where = ["--backend", "local", "--runs-dir", str(path), "--name", "s", "--space", str(path / "space.yaml")]
     return ["sweep", "a2c", *settings, *where, "--trials", str(trials), "--trials-at-once", "2"]
@@ -69,3 +73,31 @@ def test_trials_that_fail_are_told(tmp_path: Path) -> None:
     code, said = longstride([*command(tmp_path, "Counting-v0", 1), "--name", "t", "--metric", "eval/nothing"])
     assert code == 2
     assert "the run wrote no eval/nothing; it has eval/" in said
+
+
+def test_a_sweep_ends_when_everything_was_tried(tmp_path: Path) -> None:
+    code, said = longstride(command(tmp_path, "Counting-v0", 5, "n_steps: {choices: [4, 8]}"))
+    assert code == 0, said
+    assert "the space has 2 different settings: 2 trials, not 5" in said
+    assert said.count(": eval/return_mean ") == 2  # none of them twice
+    assert len(json.loads((tmp_path / "s" / "trials.json").read_text())) == 2
+
+
+def test_no_settings_are_drawn_twice() -> None:
+    space = {"a": Dimension(choices=(1, 2, (3,))), "b": Dimension(1, 2)}
+    untried = Untried(space, 0, str, {str({"a": 1, "b": 2})})
+    drawn = [untried.draw() for _ in range(5)]
+    assert len(set(map(str, drawn))) == 5
+    assert {"a": 1, "b": 2} not in drawn
+    assert {"a": "[3]", "b": 1} in drawn
+
+
+def test_optuna_proposes_nothing_twice() -> None:
+    space = {"a": Dimension(choices=(1, 2, 3)), "b": Dimension(1, 3)}
+    untried = Untried(space, 0, lambda settings: str(sorted(settings.items())), set())
+    search = UntriedOptuna(untried, space={k: domain(d) for k, d in space.items()}, metric="x", mode="max", seed=0)
+    proposed = []
+    for number in range(9):
+        proposed.append(settings := search.suggest(str(number)))
+        search.on_trial_complete(str(number), {"x": float(settings == {"a": 1, "b": 1})})
+    assert len(set(map(str, proposed))) == 9

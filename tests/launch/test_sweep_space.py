@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def test_ranges_and_choices(tmp_path: Path) -> None:
     }
     assert not space["lr"].whole
     assert space["n_steps"].whole
+    assert [dimension.count for dimension in space.values()] == [math.inf, 4, 2, 2]
     assert [entries["sft"]["steps"] for entries in checked] == [5] * 6 + [1, 2]
     assert ENTRIES["sft"] == {"steps": 5, "lr": 0.1}
 
@@ -47,6 +49,7 @@ def test_values_are_put_into_nested_settings() -> None:
         ("lr: {low: 0.1, high: 1.0, choices: [1]}", "lr: give {low"),
         ("lr: 3", "lr: give {low"),
         ("lr: {choices: []}", "choices must be a list of values"),
+        ("hidden: {choices: [[8], [8]]}", "hidden: .8. is there twice among the choices"),
         ("- lr", "must hold lines such as"),
         ("lr: {", "cannot read --space"),
     ],
