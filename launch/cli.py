@@ -15,10 +15,12 @@ lists a job's settings.
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import tyro
@@ -27,10 +29,9 @@ import yaml
 from launch import jobs
 from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
 from launch.console import RunConsole
+from launch.exit_codes import INTERRUPTED, USER_ERROR
 from launch.run_directory import RunDirectory
 from models.errors import UserError, nearest
-
-USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else USER_ERROR
     command, *rest = arguments
     _import_from_here()
+    before = signal.signal(signal.SIGINT, _leave)
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}: did you mean {nearest(command, COMMANDS)}?")
@@ -50,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"longstride: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C before a job has begun (launch/execution.py sees to it then): for seconds packages are imported, and in
+    torch's C++ a KeyboardInterrupt would be an abort."""
+    os.write(2, b"longstride: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _import_from_here() -> None:
@@ -75,6 +86,8 @@ def train(arguments: Sequence[str]) -> int:
 
         seeds = range(config.run.seed, config.run.seed + config.options.seeds)
         return train_seeds(name, entries, entries["name"], seeds, config.options.seeds_at_once)
+    import launch.execution  # noqa: F401  (so that no run directory waits for its imports)
+
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
     try:
         return _run(name, trainer, config, directory, None)

@@ -1,7 +1,11 @@
 """What a person watching the terminal sees: one line a step, a progress bar below the lines, tables."""
 
+import errno
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,11 +14,38 @@ from rich.table import Table
 SHOWN = 6  # metrics on a line; the others are in the files
 
 
+class _Stdout:
+    """Standard output until nobody reads it any more: a pipe or terminal that closes does not end a run."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # takes also what the interpreter still holds at the end
+            os.close(nowhere)
+
+
 class RunConsole:
-    """Lines go to stdout. The progress bar exists on a terminal only; a pipe or a log file gets just the lines."""
+    """Lines go to stdout, or nowhere once that is closed. The progress bar exists on a terminal only; a pipe or a log
+    file gets just the lines."""
 
     def __init__(self, name: str, started_from: int = 0) -> None:
-        self._console = Console(highlight=False)
+        self._console = Console(file=cast(IO[str], _Stdout()), highlight=False)
         self._name, self._started_from = name, started_from
         self._progress: Progress | None = None
         self._previous = time.monotonic()

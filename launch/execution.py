@@ -9,16 +9,16 @@ from typing import Any
 
 import psutil
 
+from launch.exit_codes import INTERRUPTED
 from launch.runtime import Runtime
 from models.errors import UserError
-
-INTERRUPTED = 130
 
 
 def execute(function: Callable[[Any, Any], None], config: Any, run: Runtime) -> int:
     """Call `function(config, run)`; settle the run's status; close the run; return the exit code.
 
-    Ctrl-C and SIGTERM end the job in order (status interrupted, exit code 130); a second one ends it at once.
+    Ctrl-C, SIGTERM and a closed terminal end the job in order (status interrupted, exit code 130); a second Ctrl-C or
+    SIGTERM ends it at once.
     Any other exception passes on after the status `failed` is written.
     """
     with interruptible():
@@ -45,7 +45,9 @@ def _settle_failure(run: Runtime) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises KeyboardInterrupt; from then on each ends the process at once."""
+    """Within, the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; from then on SIGINT and SIGTERM end the
+    process at once. A terminal that closes sends SIGHUP twice, itself and through its shell, so that one does not; and
+    nohup has it ignored."""
 
     def at_once(signum: int, frame: FrameType | None) -> None:
         for process in psutil.Process().children(recursive=True):  # Ray leaves a stopped worker behind now and then
@@ -55,10 +57,12 @@ def interruptible() -> Iterator[None]:
 
     def first(signum: int, frame: FrameType | None) -> None:
         for number in numbers:
-            signal.signal(number, at_once)
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else at_once)
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, first) for number in numbers]
     try:
         yield

@@ -7,6 +7,7 @@ finished seeds stay, unfinished ones resume.
 """
 
 import contextlib
+import ctypes
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
@@ -22,12 +23,15 @@ import yaml
 from agents.statistics import bootstrap_interval, interquartile_mean
 from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
-from launch.execution import INTERRUPTED, interruptible
+from launch.execution import interruptible
+from launch.exit_codes import INTERRUPTED
 from launch.run_directory import RunDirectory
 from models.errors import UserError
 
 SUMMARIZED = ("eval/", "heldout/")  # metrics that say how good a run's policy is
 NOT_AGGREGATED = ("_std", "_low", "_high")  # spread within a run
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, at_once: int) -> int:
@@ -67,7 +71,7 @@ def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunC
                 seed = waiting.pop(0)
                 if (command := _command(job, folder, seed)) is not None:
                     with (folder / f"seed-{seed}.log").open("ab") as log:
-                        running[seed] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                        running[seed] = _start(command, log)
             time.sleep(0.1)
             for seed, process in list(running.items()):
                 if process.poll() is not None:
@@ -81,6 +85,18 @@ def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunC
         for process in running.values():
             process.wait()
     return codes
+
+
+def _start(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """In a session of its own, where Ctrl-C does not reach it: with our SIGTERM that would be the second signal, which
+    ends a run at once. It gets SIGTERM from the kernel too when this process is killed."""
+
+    def end_with_parent() -> None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+    )
 
 
 def _command(job: str, folder: Path, seed: int) -> list[str] | None:

@@ -33,7 +33,7 @@ from ray.tune.search import BasicVariantGenerator
 from launch import cluster
 from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
-from launch.execution import INTERRUPTED
+from launch.exit_codes import INTERRUPTED
 from launch.run_directory import RunDirectory
 from launch.sweep_search import Settings, Untried, as_drawn, as_set, domain
 from launch.sweep_space import Dimension, SweepOptions, with_values
@@ -165,7 +165,10 @@ def run(sweep: Sweep) -> int:
     if _missing(sweep):
         cluster.start(log=folder / "ray.log")
         # Tune ends in order on SIGINT alone.
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        before = [signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in numbers]
         try:
             if begun := _begun(sweep)[: _missing(sweep)]:
                 errors += _search(sweep, BasicVariantGenerator(points_to_evaluate=begun), len(begun))
@@ -173,7 +176,8 @@ def run(sweep: Sweep) -> int:
             if not errors and not _begun(sweep) and (more := _missing(sweep)):
                 errors += _search(sweep, _searcher(sweep, more), more)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
             cluster.stop()
     return _conclude(sweep, errors)
 

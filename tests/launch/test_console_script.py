@@ -34,3 +34,21 @@ def test_actors_find_it_behind_our_own_packages() -> None:
     )  # fmt: skip
     paths = done.stdout.splitlines()[-1].split(os.pathsep)
     assert paths.index(str(ROOT)) < paths.index(str(ROOT / "docs"))
+
+
+SLOW = """
+import os, signal, time
+
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_during_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    job = "jobs.JOBS['slow'] = jobs.Job('slow:Config', 'slow:train'); sys.exit(main(['train', 'slow']))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; from launch import jobs; from launch.cli import main; {job}"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "longstride: interrupted\n")

@@ -26,9 +26,9 @@ LIMIT = 120  # seconds; nothing here takes that long unless it hangs
 COMMAND = (sys.executable, "-m", "tests.launch.demo_job")
 
 
-def spawn(*arguments: str) -> "subprocess.Popen[str]":
+def spawn(*arguments: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*COMMAND, *arguments],
+        [*before, *COMMAND, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -144,7 +144,7 @@ def actors_of(pid: int) -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_says_so_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     directory = RunDirectory(tmp_path / "r")
     where = ("--runs-dir", str(tmp_path))
@@ -155,6 +155,8 @@ def test_an_interrupted_run_says_so_and_resumes(tmp_path: Path, number: signal.S
     assert code == 2
     assert f"is being written by process {process.pid}" in err
     process.send_signal(number)
+    if number == signal.SIGHUP:
+        process.send_signal(number)  # the shell of a terminal that closes sends its own
     code, out, err = finish(process)
     assert (code, err) == (130, "")
     assert "longstride resume r" in out
@@ -168,6 +170,19 @@ def test_an_interrupted_run_says_so_and_resumes(tmp_path: Path, number: signal.S
     assert (code, err) == (0, "")
     assert directory.read_summary()["wall_s"] > summary["wall_s"]
     assert [line["step"] for line in history(directory)] == list(range(1, summary["steps"] + 3))
+
+
+def test_a_run_outlives_its_terminal_under_nohup_and_the_reader_of_its_output(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "r")
+    shape = ("--backend", "local", "--steps", "60", "--pause", "0.01")
+    process = spawn("train", "demo", "--runs-dir", str(tmp_path), "--name", "r", *shape, before=("nohup",))
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1/60")
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, directory.read_summary()["status"]) == (0, "finished"), err
+    assert len(history(directory)) == 60
 
 
 @pytest.mark.ray

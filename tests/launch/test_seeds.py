@@ -1,8 +1,13 @@
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -10,6 +15,7 @@ from launch import seeds
 from launch.cli import main
 from launch.console import RunConsole
 from launch.run_directory import RunDirectory
+from tests.launch.processes import is_gone
 
 COUNTING = "tests.envs.control.environments:Counting-v0"
 SETTINGS = ["--env", COUNTING, "--steps", "600", "--eval-every", "200", "--eval-episodes", "2", "--backend", "local"]
@@ -75,6 +81,36 @@ def test_a_seed_that_is_killed_is_no_success(
     assert "many: 1 seeds, without 1" in said
     found = json.loads((tmp_path / "many" / "aggregate.json").read_text())
     assert (found["seeds"], found["missing"]) == ([0], [1])
+
+
+def begun(path: Path) -> "tuple[subprocess.Popen[bytes], list[RunDirectory]]":
+    """Two long seeds at once that have logged, in a process group as a terminal has it."""
+    settings = ["--steps", "1000000", "--log-every", "100", "--seeds-at-once", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", *command(path, *settings)], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    directories = [RunDirectory(path / "many" / f"seed-{seed}") for seed in range(2)]
+    while not all(directory.has_begun() for directory in directories):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process, directories
+
+
+def test_one_interrupt_at_the_terminal_ends_all_seeds_in_order(tmp_path: Path) -> None:
+    process, directories = begun(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert [directory.read_summary()["status"] for directory in directories] == ["interrupted"] * 2
+
+
+def test_seeds_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    process, directories = begun(tmp_path)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    assert all(map(is_gone, children))
+    assert [directory.read_summary()["status"] for directory in directories] == ["interrupted"] * 2
 
 
 def test_only_what_all_seeds_have_is_aggregated(tmp_path: Path) -> None:
