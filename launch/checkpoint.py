@@ -66,23 +66,30 @@ class Checkpoint:
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint's manifest and check sizes. Raises ValueError saying what is missing or cut short."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _as_mapping(json.loads((path / MANIFEST).read_text()))
         if (version := manifest["format"]) != FORMAT:
             raise UserError(f"{path} has checkpoint format {version}; this longstride reads format {FORMAT}")
         step, _, attempt = path.name.removeprefix("step-").partition(".")
         fields = (manifest[name] for name in ("score", "wall_s", "metric_lines", "files"))
         checkpoint = Checkpoint(path, int(step), int(attempt or 0), *fields)
+        sizes = {name: _as_mapping(facts)["bytes"] for name, facts in _as_mapping(checkpoint.files).items()}
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (json.JSONDecodeError, KeyError, ValueError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({error})") from None
-    for name, expected in checkpoint.files.items():
+    for name, expected in sizes.items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        if file.stat().st_size != expected:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {expected}")
     return checkpoint
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{json.dumps(value)[:20]} stands where there should be names and values")
+    return value
 
 
 class CheckpointStore:

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import tyro
 import yaml
 
 from launch import jobs
@@ -144,8 +143,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         if damage:
             raise UserError(f"the checkpoint {path} cannot be used: {damage}")
     else:
-        where, _ = tyro.cli(_Where, args=flags, return_unknown_args=True, add_help=False)
-        directory = RunDirectory.open(where.runs_dir, target)
+        directory = RunDirectory.open(_runs_dir("evaluate", flags, in_part=True), target)
         newest = CheckpointStore(directory.checkpoints, keep=1).newest()
         if newest is None:
             raise UserError(f"{directory.root} has no complete checkpoint yet: nothing to evaluate")
@@ -164,14 +162,23 @@ def evaluate(arguments: Sequence[str]) -> int:
 def runs(arguments: Sequence[str]) -> int:
     rows = []
     for directory in RunDirectory.all(_runs_dir("runs", arguments)):
-        summary = directory.read_summary()
-        status = summary.get("status", "killed")
-        if status == "running" and not directory.is_live():
-            status = "killed"
-        metric = next((f"{name} {value:.4g}" for name, value in reversed(summary.get("metrics", {}).items())), "")
-        rows.append([directory.name, str(directory.read_config()["job"]), status, str(summary.get("steps", 0)), metric])
+        try:
+            rows.append(_row(directory))
+        except UserError as error:  # of one damaged run, which must not hide the others
+            rows.append([directory.name, "", "damaged", "", str(error)])
     RunConsole("runs").table("runs", ["run", "job", "status", "step", "metric"], rows)
     return 0
+
+
+def _row(directory: RunDirectory) -> list[str]:
+    summary = directory.read_summary()
+    status = summary.get("status", "killed")
+    if status == "running" and not directory.is_live():
+        status = "killed"
+    if not summary and directory.summary.exists():
+        raise UserError("summary.json holds no summary")
+    metric = next((f"{name} {value:.4g}" for name, value in reversed(summary.get("metrics", {}).items())), "")
+    return [directory.name, str(directory.read_config()["job"]), status, str(summary.get("steps", 0)), metric]
 
 
 def inspect(arguments: Sequence[str]) -> int:
@@ -205,20 +212,21 @@ class _Where:
     """Folder that holds the run directories."""
 
 
-def _runs_dir(command: str, flags: Sequence[str]) -> Path:
+def _runs_dir(command: str, flags: Sequence[str], in_part: bool = False) -> Path:
     combined = combine("Where", where=_Where)
-    return parse(combined, flags, source=command, prog=f"longstride {command}").where.runs_dir
+    return parse(combined, flags, source=command, prog=f"longstride {command}", in_part=in_part).where.runs_dir
 
 
 def _configured(command: str, name: str, flags: Sequence[str], options_class: type) -> tuple[jobs.Job, Any, dict]:
     """The job, its configuration from recipe and flags, and that configuration as a recipe has it, options left out."""
     job = jobs.find(name)
     combined = combine(command.title(), options=options_class, run=RunConfig, job=job.config_class())
-    options: Any = tyro.cli(options_class, args=flags, return_unknown_args=True, add_help=False)[0]
+    source, prog = f"{command} {name}", f"longstride {command} {name}"
+    options = parse(combine("Options", options=options_class), flags, source=source, prog=prog, in_part=True).options
     base = combined()
     if options.recipe:
         base = apply_entries(combined, read_recipe(options.recipe, name), f"recipe {options.recipe}")
-    config = parse(combined, flags, base, source=f"{command} {name}", prog=f"longstride {command} {name}")
+    config = parse(combined, flags, base, source=source, prog=prog)
     entries = {"job": name, **as_entries(config)}
     for option in dataclasses.fields(options_class):
         del entries[option.name]

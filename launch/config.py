@@ -88,11 +88,13 @@ def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def parse(combined: type, arguments: Sequence[str], default: Any = None, *, source: str, prog: str) -> Any:
+def parse(
+    combined: type, arguments: Sequence[str], default: Any = None, *, source: str, prog: str, in_part: bool = False
+) -> Any:
     """Parse flags over `default` (an instance of `combined`, a result of `combine`).
 
-    source: what the flags came from, for the message. Raises UserError for an unknown flag or a bad value, and
-    SystemExit(0) after printing the help.
+    source: what the flags came from, for the message. in_part: other flags stand among them, and the help is theirs.
+    Raises UserError for an unknown flag or a bad value, and SystemExit(0) after printing the help.
     """
     complaint = io.StringIO()
     try:
@@ -103,12 +105,13 @@ def parse(combined: type, arguments: Sequence[str], default: Any = None, *, sour
                 default=default if default is not None else combined(),
                 prog=prog,
                 return_unknown_args=True,
+                add_help=not in_part,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(f"{source}: {_sentence(complaint.getvalue())}") from None
-    if unknown:
+    if unknown and not in_part:
         _refuse_unknown(unknown[0], combined, source)
     return config
 

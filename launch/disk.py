@@ -16,6 +16,7 @@ _MENDS = {
     errno.EROFS: "the file system is read-only: put the runs elsewhere with --runs-dir",
     errno.EACCES: "permission denied: change the owner or the mode, or put the runs elsewhere with --runs-dir",
     errno.EPERM: "the operation is not permitted: put the runs elsewhere with --runs-dir",
+    errno.EEXIST: "a file stands where a folder is needed: move it away, or choose another --runs-dir",
     errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another --runs-dir",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter --name",
 }

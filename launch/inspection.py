@@ -107,19 +107,37 @@ def _variants(options: InspectOptions) -> list[Variant]:
         raise UserError(f"inspect: --vary {options.vary}: write FIELD=VALUE,VALUE,...")
     variants = []
     for text in values.split(","):
-        label, value = f"{name}={text}", yaml.safe_load(text)
+        label = f"{name}={text}"
         if name in ("depth", "width", "lr"):
-            variants.append(dataclasses.replace(plain, label=label, **{name: value}))
+            variants.append(dataclasses.replace(plain, label=label, **{name: _positive(name, text)}))
         else:
-            variants.append(dataclasses.replace(plain, label=label, changes=changes | {name: value}))
+            variants.append(dataclasses.replace(plain, label=label, changes=changes | {name: _value(name, text)}))
     return variants
+
+
+def _positive(name: str, text: str) -> Any:
+    number: Any = float if name == "lr" else int
+    try:
+        if 0 < (value := number(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    kind = "number" if name == "lr" else "whole number"
+    raise UserError(f"inspect: --vary {name}: {text!r} is no positive {kind}")
 
 
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"inspect: --set {text}: write FIELD=VALUE")
-    return name, yaml.safe_load(value)
+    return name, _value(name, value)
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"inspect: {name}={text}: write the value as YAML has it") from None
 
 
 def _model(base: LanguageConfig, folder: Path | None, variant: Variant, seed: int) -> Decoder:
@@ -144,8 +162,10 @@ def _changed(config: LanguageConfig, variant: Variant) -> LanguageConfig:
             raise unknown_name("field of the model's config", name, known)
         if isinstance(value, list):
             value = tuple(value)
-        if not isinstance(value, type(getattr(config, name))) and not isinstance(value, int | float):
-            raise UserError(f"inspect: {name} is {value!r}; it must be a {type(getattr(config, name)).__name__}")
+        kind = type(getattr(config, name))
+        fits = isinstance(value, kind) or (kind is not int and isinstance(value, int | float))
+        if not fits:
+            raise UserError(f"inspect: {name} is {value!r}; it must be of type {kind.__name__}")
         config = dataclasses.replace(config, **{name: value})
     return config.validate()
 

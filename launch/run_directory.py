@@ -78,18 +78,22 @@ class RunDirectory:
     def read_config(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load(self.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {self.config}: {' '.join(str(error).split())}") from error
         if not isinstance(config, dict) or "job" not in config:
             raise UserError(f"{self.config} does not name its job: restore the file as the run wrote it")
         return config
 
     def read_summary(self) -> dict[str, Any]:
-        """The run's summary, or {} before the first one."""
+        """The run's summary, or {} before the first one and for a file that holds none."""
         try:
-            return json.loads(self.summary.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            with refusals_explained(self.summary, "read"):
+                summary = json.loads(self.summary.read_text())
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return {}
+        metrics = summary.get("metrics", {}) if isinstance(summary, dict) else None
+        whole = isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+        return summary if whole else {}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with refusals_explained(self.summary, "write"):
@@ -132,9 +136,9 @@ class RunDirectory:
         path = self.root / ".lock"
         if not path.exists() or self._lock is not None:
             return False
-        with path.open("r+") as file:
+        with refusals_explained(path, "read"), path.open() as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which needs no right to write
             except BlockingIOError:
                 return True
         return False

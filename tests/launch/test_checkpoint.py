@@ -179,6 +179,25 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, file: st
     assert newest(store).load()["step"] == 2
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        '{"format": 2, "score": null, "wall_s": 1, "metric_lines": 2, "files": []}',
+        '{"format": 2, "score": null, "wall_s": 1, "metric_lines": 2, "files": {"state.json": 3}}',
+    ],
+)
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, manifest: str) -> None:
+    warnings: list[str] = []
+    store = CheckpointStore(tmp_path, keep=1, warn=warnings.append)
+    store.save(1, state_of(1), None, 0.0)
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "manifest.json").write_text(manifest)
+    assert newest(store).step == 1
+    assert re.search(r"step-00000002.*manifest.json is damaged", warnings[0])
+    store.save(3, state_of(3), None, 0.0)
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """The operating system refuses to write more than `size` bytes to any one file."""

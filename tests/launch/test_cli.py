@@ -88,6 +88,10 @@ def test_help_names_the_jobs(command: Command) -> None:
         (("train", "demo", "--steps", "three"), "train demo: --steps: invalid literal"),
         (("train", "demo", "--recipe", "quick"), "--recipe quick: neither a file nor the name of a recipe"),
         (("train", "demo", "--runs-dir", "file/runs"), "cannot create the run directory"),
+        (("train", "demo", "--runs-dir", "file"), "cannot create the run directory"),
+        (("train", "demo", "--seeds", "abc"), "train demo: --seeds: invalid literal"),
+        (("train", "demo", "--recipe"), "train demo: Missing value for argument '--recipe'"),
+        (("evaluate", "x", "--runs-dir"), "evaluate: Missing value for argument '--runs-dir'"),
         (("train", "demo", "--name", "a/b"), "--name 'a/b' cannot name a run"),
         (("train", "demo", "--device", "cuda"), "--device cuda: torch sees no CUDA GPU"),
         (("train", "absent"), "this job needs the module nowhere.config"),
@@ -210,6 +214,35 @@ def test_the_table_of_runs(command: Command) -> None:
         ["bad", "demo", "failed", "1"],
         ["killed", "demo", "killed", "7"],
     ]
+
+
+def test_a_damaged_run_is_a_row_that_says_so(command: Command) -> None:
+    def run(name: str) -> RunDirectory:
+        directory = RunDirectory.create(Path("runs"), name, {"job": "demo"})
+        directory.write_summary({"status": "finished", "steps": 7, "metrics": {"eval/a": 1.0}})
+        return directory
+
+    run("empty").config.write_text("")
+    run("latin").config.write_bytes(b"job: \xff")
+    run("list").summary.write_text("[]")
+    run("bytes").summary.write_bytes(b"\xff")
+    run("nulls").summary.write_text('{"metrics": {"a": null}}')
+    run("good")
+    code, out, err = command("runs")
+    assert (code, err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines()]
+    damaged = ["empty", "latin", "list", "bytes", "nulls"]
+    assert [row for row in rows if row[:1] > [""]] == [[n, "", "damaged"] for n in damaged] + [
+        ["good", "demo", "finished"]
+    ]
+    assert "does not name its job" in re.sub(r"\W+", " ", out)
+
+
+def test_a_summary_that_holds_none_stops_no_resume(command: Command) -> None:
+    command(*TRAIN, "r", "--steps", "3")
+    Path("runs/r/summary.json").write_text("[]")
+    assert command("resume", "r")[0] == 0
+    assert summary("r")["status"] == "finished"
 
 
 def test_a_damaged_newest_checkpoint_is_stepped_over(command: Command) -> None:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,21 @@ def test_a_run_has_one_writer_until_that_is_gone(tmp_path: Path) -> None:
     assert not directory.is_live()
     directory.lock()
     directory.unlock()
+
+
+def test_whether_a_run_is_live_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory.create(tmp_path, "r", {"job": "demo"})
+    directory.lock()
+    directory.unlock()
+    really = Path.open
+
+    def read_only(path: Path, mode: str = "r", *rest: Any) -> Any:  # chmod would not stop root
+        if set(mode) & set("wa+"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really(path, mode, *rest)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert not directory.is_live()
 
 
 def test_a_full_disk_is_explained() -> None:
