@@ -75,8 +75,13 @@ def train(arguments: Sequence[str]) -> int:
     job, config, entries = _configured("train", name, flags, TrainOptions)
     _check_device(config.run)
     if config.options.dry_run:
-        print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
-        _print_plan(job, config)
+        if config.run.name and config.options.seeds == 1:  # several seeds may go on in a folder that exists
+            RunDirectory.free(config.run.runs_dir, config.run.name)
+        job.trainer()
+        if check := job.checker():
+            check(config.job)
+        RunConsole(name).print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
+        _print_plan(name, job, config)
         return 0
     trainer = job.trainer()
     entries["name"] = config.run.name or _free_name(config.run.runs_dir, name)
@@ -271,10 +276,12 @@ def _free_name(runs_dir: Path, job: str) -> str:
     return free
 
 
-def _print_plan(job: jobs.Job, config: Any) -> None:
-    plan = job.plan(config.job)
-    if plan:
-        rows = [[what, str(count), f"{cpu:g}", f"{gpu:g}", f"{gib:.2f}"] for what, count, cpu, gpu, gib in plan]
-        cpus, gpus, memory = (sum(row[1] * float(row[i]) for row in plan) for i in (2, 3, 4))
-        rows.append(["total", "", f"{cpus:g}", f"{gpus:g}", f"{memory:.2f}"])
-        RunConsole("plan").table("placement", ["what", "count", "CPUs each", "GPUs each", "GiB each"], rows)
+def _print_plan(name: str, job: jobs.Job, config: Any) -> None:
+    plan = job.plan(config.job, config.run.device)
+    if not plan:
+        RunConsole("plan").print(f"no placement plan: the job {name} has none")
+        return
+    rows = [[what, str(count), f"{cpu:g}", f"{gpu:g}", f"{gib:.2f}"] for what, count, cpu, gpu, gib in plan]
+    cpus, gpus, memory = (sum(row[1] * float(row[i]) for row in plan) for i in (2, 3, 4))
+    rows.append(["total", "", f"{cpus:g}", f"{gpus:g}", f"{memory:.2f}"])
+    RunConsole("plan").table("placement", ["what", "count", "CPUs each", "GPUs each", "GiB each"], rows)

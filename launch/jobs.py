@@ -12,7 +12,8 @@ from models.errors import UserError, nearest
 class Job:
     """config: the job's dataclass. train and evaluate: functions `(config, run) -> None`.
 
-    The module of `train` may define `plan(config) -> list[tuple[what, count, cpu, gpu, GiB]]`, shown by `--dry-run`.
+    The module of `train` may define `plan(config, device) -> list[tuple[what, count, cpu, gpu, GiB]]`, shown by
+    `--dry-run`.
     """
 
     config: str
@@ -20,6 +21,8 @@ class Job:
     evaluate: str | None = None
     extra: str = ""
     """The extra of this package that the job needs to be installed."""
+    check: str = ""
+    """A function `(config) -> None` that a dry run calls; raises UserError for what the start of a run would refuse."""
 
     def config_class(self) -> type:
         return self._load(self.config)
@@ -45,14 +48,22 @@ class Job:
                 ) from error
             raise
 
-    def plan(self, config: Any) -> list[tuple[str, int, float, float, float]]:
+    def checker(self) -> Callable[[Any], None] | None:
+        return self._load(self.check) if self.check else None
+
+    def plan(self, config: Any, device: str) -> list[tuple[str, int, float, float, float]]:
+        """Empty if the job has none."""
         planner = getattr(importlib.import_module(self.train.partition(":")[0]), "plan", None)
-        return planner(config) if planner else []
+        return planner(config, device) if planner else []
 
 
-def _in(module: str, config: str, extra: str = "") -> Job:
+def _in(module: str, config: str, extra: str = "", check: str = "") -> Job:
     """A job whose config and functions lie in one module."""
-    return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra)
+    return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra, check)
+
+
+def _control(module: str, config: str) -> Job:
+    return _in(module, config, check="agents.config:check")
 
 
 JOBS: dict[str, Job] = {
@@ -60,14 +71,14 @@ JOBS: dict[str, Job] = {
     "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
     "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
     # control
-    "qac": _in("agents.qac", "QACConfig"),
-    "a2c": _in("agents.a2c", "A2CConfig"),
-    "trpo": _in("agents.trpo", "TRPOConfig"),
-    "ppo": _in("agents.ppo", "PPOConfig"),
-    "offpac": _in("agents.offpac", "OffPACConfig"),
-    "ddpg": _in("agents.ddpg", "DDPGConfig"),
-    "td3": _in("agents.td3", "TD3Config"),
-    "sac": _in("agents.sac", "SACConfig"),
+    "qac": _control("agents.qac", "QACConfig"),
+    "a2c": _control("agents.a2c", "A2CConfig"),
+    "trpo": _control("agents.trpo", "TRPOConfig"),
+    "ppo": _control("agents.ppo", "PPOConfig"),
+    "offpac": _control("agents.offpac", "OffPACConfig"),
+    "ddpg": _control("agents.ddpg", "DDPGConfig"),
+    "td3": _control("agents.td3", "TD3Config"),
+    "sac": _control("agents.sac", "SACConfig"),
     # vision
     "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
     "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),

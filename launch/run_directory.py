@@ -35,20 +35,26 @@ class RunDirectory:
         return self.root.name
 
     @classmethod
-    def create(cls, runs_dir: Path, name: str, config: Mapping[str, Any]) -> "RunDirectory":
-        """Make the folder of a fresh run. Raises UserError if it exists or cannot be made."""
+    def free(cls, runs_dir: Path, name: str) -> "RunDirectory":
+        """The folder of a run to be. Raises UserError for a name that cannot be one, or is one already."""
         if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
             raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
         directory = cls(runs_dir / name)
         with refusals_explained(directory.root, "create the run directory"):
+            if directory.root.exists():
+                raise _taken(directory.root)
+        return directory
+
+    @classmethod
+    def create(cls, runs_dir: Path, name: str, config: Mapping[str, Any]) -> "RunDirectory":
+        """Make the folder of a fresh run. Raises UserError if it exists or cannot be made."""
+        directory = cls.free(runs_dir, name)
+        with refusals_explained(directory.root, "create the run directory"):
             runs_dir.mkdir(parents=True, exist_ok=True)
             try:
                 directory.root.mkdir()
-            except FileExistsError:
-                raise UserError(
-                    f"{directory.root} exists already: choose another --name, or continue it with "
-                    f"`longstride resume {name}`"
-                ) from None
+            except FileExistsError:  # somebody was faster
+                raise _taken(directory.root) from None
             for folder in (directory.tensorboard, directory.checkpoints, directory.rollouts, directory.logs):
                 folder.mkdir()
             write_atomically(directory.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -151,3 +157,9 @@ class RunDirectory:
             draft.unlink(missing_ok=True)
             draft.symlink_to(self.root.name)
             draft.replace(link)
+
+
+def _taken(root: Path) -> UserError:
+    return UserError(
+        f"{root} exists already: choose another --name, or continue it with `longstride resume {root.name}`"
+    )

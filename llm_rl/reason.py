@@ -173,8 +173,9 @@ def evaluate(config: ReasonConfig, run: "Run") -> None:
         session.close()
 
 
-def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
+def plan(config: ReasonConfig, device: str) -> list[tuple[str, int, float, float, float]]:
     """What `--dry-run` shows: (what, count, CPUs, GPUs, GiB of memory each)."""
+    gpus = 1.0 if device == "cuda" else 0.0
     rollout, learner, policy = config.rollout, config.learner, config.policy
     if config.model:
         files = list(config.model.glob("*.safetensors"))
@@ -192,10 +193,10 @@ def plan(config: ReasonConfig) -> list[tuple[str, int, float, float, float]]:
     draws = any(source.startswith("scene:") for source in config.problems)
     engine_gib = gib * (2 if rollout.dtype == "bfloat16" else 4) + rollout.kv_cache_gib
     return [
-        ("learner", 1, float(learner.threads), learner.gpu_share, 0.5 + learner_gib),
-        (f"rollout ({config.engine})", rollout.workers, 1.0, rollout.gpu_share, 0.9 + engine_gib),
+        ("learner", 1, float(learner.threads), gpus * learner.gpu_share, 0.5 + learner_gib),
+        (f"rollout ({config.engine})", rollout.workers, 1.0, gpus * rollout.gpu_share, 0.9 + engine_gib),
         ("verifier", config.verifier_workers, 1.0, 0.0, 0.3),
-        *([("scene judge", config.scene.workers, 1.0, config.scene.gpu_share, 1.0)] if draws else []),
+        *([("scene judge", config.scene.workers, 1.0, gpus * config.scene.gpu_share, 1.0)] if draws else []),
     ]
 
 

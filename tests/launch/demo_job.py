@@ -85,7 +85,7 @@ def evaluate(config: DemoConfig, run: "Run") -> None:
     run.summarize({"heldout/weight": state["weight"].mean().item(), "heldout/step": state["step"]})
 
 
-def plan(config: DemoConfig) -> list[tuple[str, int, float, float, float]]:
+def plan(config: DemoConfig, device: str) -> list[tuple[str, int, float, float, float]]:
     return [("sampler", config.workers, 1, 0, 0.5)]
 
 

@@ -141,6 +141,21 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command: Command) -> 
     assert not Path("runs").exists()
 
 
+def test_dry_run_refuses_what_the_run_would_refuse(command: Command) -> None:
+    command(*TRAIN, "r", "--steps", "1")
+    for arguments, message in (
+        (("demo", "--name", "r"), "runs/r exists already"),
+        (("demo", "--name", "a/b"), "--name 'a/b' cannot name a run"),
+        (("a2c", "--env", "Nope-v0"), "unknown environment `Nope-v0`"),
+    ):
+        code, out, err = command("train", *arguments, "--dry-run")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"longstride: {message}")
+    code, out, _ = command("train", "a2c", "--env", "CartPole-v1", "--dry-run")
+    assert code == 0
+    assert out.rstrip().endswith("no placement plan: the job a2c has none")
+
+
 def test_a_resolved_config_is_a_recipe(command: Command) -> None:
     command(*TRAIN, "first", "--steps", "3", "--tags", "x", "--optimizer.amsgrad", "--target", "0.5")
     code, _, _ = command("train", "demo", "--recipe", "runs/first/config.yaml", "--name", "second")

@@ -323,7 +323,9 @@ def test_a_truncated_model_folder_is_named(finished: Path, tmp_path: Path, capsy
 def test_plan_names_every_actor() -> None:
     from llm_rl.config import ReasonConfig
 
-    assert [row[0] for row in reason.plan(ReasonConfig())] == ["learner", "rollout (vllm)", "verifier"]
+    assert not any(row[3] for row in reason.plan(ReasonConfig(), "cpu"))
+    assert [row[3] > 0 for row in reason.plan(ReasonConfig(), "cuda")] == [True, True, False]
+    assert [row[0] for row in reason.plan(ReasonConfig(), "cpu")] == ["learner", "rollout (vllm)", "verifier"]
 
 
 def test_scenes_to_write_prompts_for(tmp_path: Path) -> None:
