@@ -56,7 +56,7 @@ class DetrJobConfig:
 def train(config: DetrJobConfig, run: "Run") -> None:
     """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json."""
     source = make_source(config.data, run.seed, heldout=True)
-    learner = make_learner(config, source.names, run)
+    learner = make_learner(config, source, run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
@@ -90,16 +90,16 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     if state is None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
     source = make_source(config.data, run.seed, heldout=True)
-    learner = make_learner(config, source.names, run)
+    learner = make_learner(config, source, run)
     learner.load_state(state)
     figures = evaluation(config, learner, start_loaders(config, run), source, run)
     run.log(learner.step, figures)
     run.summarize(figures)
 
 
-def make_learner(config: DetrJobConfig, names: tuple[str, ...], run: "Run") -> DetrLearner:
+def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearner:
     settings = config.network, config.loss, config.optimizer
-    return DetrLearner(config.model, names, *settings, config.steps, run.seed, run.device)
+    return DetrLearner(config.model, source.names, *settings, config.steps, run.seed, run.device, source.category_ids)
 
 
 def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from envs.vision.example import Batch, DeviceBatch
 from models.detr.checkpoint import load_detr
 from models.detr.config import DetrConfig, LayerType, ResNetConfig
 from models.detr.detr import Detr
+from models.detr.labels import with_labels
 from models.detr.loss import SetLossConfig, set_loss
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -90,7 +92,11 @@ class OptimizerConfig:
 
 
 class DetrLearner:
-    """All that a checkpoint has to hold. `averaged` follows the weights at `ema_decay`, and starts as they do."""
+    """All that a checkpoint has to hold. `averaged` follows the weights at `ema_decay`, and starts as they do.
+
+    names, category_ids: of the data's labels, and COCO's numbers for them, which are asked for where the model to start
+    from does not name its own. Raises UserError if that model cannot be read, or lacks a label.
+    """
 
     def __init__(
         self,
@@ -102,7 +108,9 @@ class DetrLearner:
         steps: int,
         seed: int,
         device: str,
+        category_ids: Sequence[int] = (),
     ) -> None:
+        self.category_ids = category_ids
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
         self.net = self.build(start, network, names).to(device).train()
         for parameter in self.net.parameters():
@@ -118,7 +126,11 @@ class DetrLearner:
         self.step = 0
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
-        return _started_from(start, names) if start else _random(network, names, self.seed)
+        return (
+            with_labels(load_detr(start), names, self.category_ids, str(start))
+            if start
+            else _random(network, names, self.seed)
+        )
 
     def scaffolded(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -218,13 +230,3 @@ def _random(network: NetworkConfig, names: tuple[str, ...], seed: int) -> Detr:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "initial weights"))
         return Detr(network.shape(names), freeze_batch_norm=False)
-
-
-def _started_from(start: Path, names: tuple[str, ...]) -> Detr:
-    model = load_detr(start)
-    if model.config.num_labels != len(names):
-        raise UserError(
-            f"{start} knows {model.config.num_labels} labels, the data has {len(names)}: give data with its labels, or "
-            "train from random weights"
-        )
-    return model

@@ -13,7 +13,7 @@ layers but the last, and with nothing to hold them the boxes drift faster than t
 import importlib
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import Detr
+from models.detr.labels import with_labels
 from models.detr.loss import SetLossConfig, set_loss
 from models.detr.targets import Targets
 from models.errors import UserError
@@ -79,7 +80,7 @@ class DetrRLConfig:
 def train(config: DetrRLConfig, run: "Run") -> None:
     """The `detr-rl` job. Evaluates before the first step, and writes model/final."""
     source = make_source(config.data, run.seed, heldout=True)
-    tuner = DetectorTuner(config, source.names, source.stuff, run.seed, run.device)
+    tuner = DetectorTuner(config, source.names, source.stuff, run.seed, run.device, source.category_ids)
     loaders = run.actors(
         BatchLoader,
         config.loaders,
@@ -124,22 +125,26 @@ def evaluation(
 
 
 class DetectorTuner:
-    """Detector and optimizer: all that a checkpoint has to hold. Labels in `stuff` are neither paid nor punished."""
+    """Detector and optimizer: all that a checkpoint has to hold. Labels in `stuff` are neither paid nor punished.
+
+    category_ids: COCO's numbers for the labels, asked for where the detector does not name its own.
+    """
 
     def __init__(
-        self, config: DetrRLConfig, names: tuple[str, ...], stuff: Collection[int], seed: int, device: str
+        self,
+        config: DetrRLConfig,
+        names: tuple[str, ...],
+        stuff: Collection[int],
+        seed: int,
+        device: str,
+        category_ids: Sequence[int] = (),
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
         if not config.model.parts:
             raise UserError("--model is missing: give the detector to tune, RUN/model/final of `train detr`")
         self.no_thing = [*stuff, len(names)]
         self.reward = load_reward(config.reward)
-        self.net: Detr = load_detr(config.model).to(device)
-        if self.net.config.num_labels != len(names):
-            raise UserError(
-                f"{config.model} knows {self.net.config.num_labels} labels, the data has {len(names)}: give data with "
-                "its labels"
-            )
+        self.net: Detr = with_labels(load_detr(config.model), names, category_ids, str(config.model)).to(device)
         self.net.backbone.requires_grad_(False)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0, fused=True)

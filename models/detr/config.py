@@ -93,10 +93,13 @@ def from_hf(content: dict[str, Any], source: str) -> DetrConfig:
     count = len(names) or content.get("num_labels", 91)
     if sorted(map(int, names)) != list(range(len(names))):
         raise UserError(f"{source}: id2label must name the classes 0 to {len(names) - 1} without gaps")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
+    if labels == tuple(f"LABEL_{i}" for i in range(count)):  # transformers' way of saying that they have none
+        labels = ()
     architectures = content.get("architectures") or []
     return DetrConfig(
         num_labels=count,
-        labels=tuple(str(names[str(i)]) for i in range(count)) if names else (),
+        labels=labels,
         mask_head="DetrForSegmentation" in architectures,
         backbone=_backbone(content, source),
         **{name: content[name] for name in SHARED if name in content},
