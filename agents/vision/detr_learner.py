@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from agents.vision.dense_scaffold import DenseScaffold, dense_loss
 from envs.vision.example import Batch, DeviceBatch
-from models.detr.checkpoint import load_detr
+from models.detr.checkpoint import fill, load_detr, read_backbone
 from models.detr.config import DetrConfig, LayerType, ResNetConfig
 from models.detr.detr import Detr
 from models.detr.labels import with_labels
@@ -31,6 +31,9 @@ class NetworkConfig:
     depths: tuple[int, ...] = (2, 2, 2)
     """Blocks of each stage of the ResNet."""
     hidden_sizes: tuple[int, ...] = (64, 128, 256)
+    backbone_weights: Path | None = None
+    """A ResNet's weights under torchvision's names, .pth or .safetensors, with its shape: of these three none is needed
+    then. Its batch norms stay frozen."""
     queries: int = 20
     d_model: int = 128
     heads: int = 8
@@ -229,4 +232,16 @@ def _floats(model: nn.Module) -> list[Tensor]:
 def _random(network: NetworkConfig, names: tuple[str, ...], seed: int) -> Detr:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "initial weights"))
-        return Detr(network.shape(names), freeze_batch_norm=False)
+        if network.backbone_weights is None:
+            return Detr(network.shape(names), freeze_batch_norm=False)
+        backbone, named = read_backbone(network.backbone_weights)
+        plain, given, there = ((c.layer_type, c.depths, c.hidden_sizes) for c in (NetworkConfig(), network, backbone))
+        if given not in (plain, there):
+            raise UserError(
+                f"{network.backbone_weights}: a {backbone.layer_type} ResNet of depths {list(backbone.depths)} and "
+                f"widths {list(backbone.hidden_sizes)}: leave out --network.layer-type, --network.depths and "
+                "--network.hidden-sizes, which ask for another"
+            )
+        model = Detr(replace(network.shape(names), backbone=backbone))
+        fill(model.backbone, named.items(), str(network.backbone_weights))
+        return model

@@ -1,4 +1,5 @@
-"""DETR checkpoints in and out: transformers' folders, and the original code's .pth files (weights only)."""
+"""DETR checkpoints in and out: transformers' folders, and the original code's .pth files (weights only). And trained
+backbones in."""
 
 import argparse
 import pickle
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from models.detr.config import DetrConfig, ResNetConfig, from_hf, to_hf
 from models.detr.detr import IMAGE_MEAN, IMAGE_STD, Detr
@@ -40,8 +42,28 @@ def load_detr(path: str | Path) -> Detr:
     return model.eval()
 
 
+def read_backbone(path: str | Path) -> tuple[ResNetConfig, dict[str, Tensor]]:
+    """Read a ResNet's weights under torchvision's names (timm's are the same): a .safetensors file, or a .pth one of
+    tensors alone. Returns its shape, and its tensors for `fill`, without the classifier's.
+
+    Raises UserError for a file that is missing, broken, or no ResNet.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of backbone weights; give a ResNet's .pth or .safetensors")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+    named = {n: t for n, t in state.items() if not n.startswith("fc.") and not n.endswith("num_batches_tracked")}
+    try:
+        return infer_backbone(named), named
+    except KeyError as missing:
+        raise UserError(f"{path}: tensor {missing.args[0]} is missing; is it a ResNet of torchvision?") from None
+
+
 @torch.no_grad()
-def fill(model: Detr, named: Iterable[tuple[str, Tensor]], source: str) -> None:
+def fill(model: nn.Module, named: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Copy tensors under our names into a model. Raises UserError naming the first that is missing or does not fit."""
     slots = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     waiting = set(slots)
@@ -100,7 +122,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as weights ({line}); download it again") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no `model` with tensors by name; is it a checkpoint of the original DETR?")
+        raise UserError(f"{path}: holds no tensors by name, at the top or under `model`; is it a checkpoint?")
     return state
 
 
@@ -110,14 +132,7 @@ def infer_config(named: dict[str, Tensor], source: str, dilation: bool = False) 
     Heads are 8, as in every published model. A dilated backbone (DC5) has the tensors of a plain one: give `dilation`.
     """
     try:
-        stages = _count(named, r"backbone\.layer(\d+)\.")
-        depths = tuple(_count(named, rf"backbone\.layer{i + 1}\.(\d+)\.") for i in range(stages))
-        bottleneck = "backbone.layer1.0.conv3.weight" in named
-        last = "conv3" if bottleneck else "conv2"
-        widths = tuple(len(named[f"backbone.layer{i + 1}.0.{last}.weight"]) for i in range(stages))
-        backbone = ResNetConfig(
-            "bottleneck" if bottleneck else "basic", depths, widths, len(named["backbone.conv1.weight"]), dilation
-        )
+        backbone = infer_backbone(named, "backbone.", dilation)
         queries, dim = named["query_embed.weight"].shape
         plain = DetrConfig(
             num_labels=len(named["class_embed.weight"]) - 1,
@@ -137,6 +152,17 @@ def infer_config(named: dict[str, Tensor], source: str, dilation: bool = False) 
         )
     except KeyError as missing:
         raise UserError(f"{source}: tensor {missing.args[0]} is missing; is it a DETR of the original code?") from None
+
+
+def infer_backbone(named: dict[str, Tensor], prefix: str = "", dilation: bool = False) -> ResNetConfig:
+    """The shape of a ResNet from its tensors under torchvision's names. Raises KeyError, naming one that it has not."""
+    stem = len(named[f"{prefix}conv1.weight"])
+    stages = max(1, _count(named, rf"{re.escape(prefix)}layer(\d+)\."))
+    depths = tuple(_count(named, rf"{re.escape(prefix)}layer{i + 1}\.(\d+)\.") for i in range(stages))
+    bottleneck = f"{prefix}layer1.0.conv3.weight" in named
+    last = "conv3" if bottleneck else "conv2"
+    widths = tuple(len(named[f"{prefix}layer{i + 1}.0.{last}.weight"]) for i in range(stages))
+    return ResNetConfig("bottleneck" if bottleneck else "basic", depths, widths, stem, dilation)
 
 
 def _count(named: dict[str, Tensor], pattern: str) -> int:

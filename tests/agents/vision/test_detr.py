@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DetrForSegmentation
 
 from agents.vision import detr
@@ -257,6 +258,70 @@ def test_results_come_in_order_and_deaths_are_survived() -> None:
     assert list(results(0)) == list(results(ATTEMPTS - 1)) == [n * 10 for n in range(9)]
     with pytest.raises(ConnectionError):
         list(results(ATTEMPTS))
+
+
+def torchvision_resnet50(inner: int = 8) -> dict[str, torch.Tensor]:
+    """A state dict under the names of torchvision's resnet50, written from its definition, `inner` for its 64 channels.
+    torchvision's norms hold what they learned, here noise."""
+
+    def norm(name: str, channels: int) -> dict[str, torch.Tensor]:
+        parts = {f"{name}.{part}": torch.randn(channels) for part in ("weight", "bias", "running_mean")}
+        return parts | {
+            f"{name}.running_var": torch.rand(channels) + 0.5,
+            f"{name}.num_batches_tracked": torch.tensor(9),
+        }
+
+    state = {"conv1.weight": torch.randn(inner, 3, 7, 7), **norm("bn1", inner)}
+    inputs = inner
+    for stage, depth in enumerate((3, 4, 6, 3), start=1):
+        width = inner * 2 ** (stage - 1)
+        for block in range(depth):
+            at = f"layer{stage}.{block}"
+            shapes = (width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)
+            for i, shape in enumerate(shapes, start=1):
+                state |= {f"{at}.conv{i}.weight": 0.1 * torch.randn(shape), **norm(f"{at}.bn{i}", shape[0])}
+            if block == 0:
+                state[f"{at}.downsample.0.weight"] = 0.1 * torch.randn(4 * width, inputs, 1, 1)
+                state |= norm(f"{at}.downsample.1", 4 * width)
+            inputs = 4 * width
+    return {**state, "fc.weight": torch.randn(1000, inputs), "fc.bias": torch.randn(1000)}
+
+
+def test_a_backbone_of_torchvision_keeps_its_weights_and_norms(tmp_path: Path) -> None:
+    state = torchvision_resnet50()
+    assert len(state) == 320  # as torchvision's resnet50 has
+    torch.save(state, tmp_path / "resnet50.pth")
+    save_file(state, tmp_path / "resnet50.safetensors")
+    names = SceneSource(SCENES, 0, "train").names
+    plain = NetworkConfig(queries=6, d_model=32, encoder_layers=1, decoder_layers=1, ffn_dim=64)
+    for file in ("resnet50.pth", "resnet50.safetensors"):
+        network = replace(plain, backbone_weights=tmp_path / file)
+        pupil = DetrLearner(None, names, network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu")
+        held = {n: t for n, t in state.items() if not n.startswith("fc.") and not n.endswith("tracked")}
+        assert_equal(dict(pupil.net.backbone.state_dict()), held)
+    pupil.update(batches(SceneSource(SCENES, 0, "train"), 0, 2), want_metrics=False)
+    trained = pupil.net.backbone.state_dict()
+    assert not torch.equal(trained["layer4.2.conv1.weight"], state["layer4.2.conv1.weight"])
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(trained[f"bn1.{part}"], state[f"bn1.{part}"])
+
+
+def test_a_backbone_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        network = replace(NetworkConfig(backbone_weights=tmp_path / "resnet.pth"), **changes)
+        with pytest.raises(UserError, match=message):
+            DetrLearner(None, ("a",), network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu")
+
+    refused("no such file of backbone weights")
+    state = torchvision_resnet50()
+    torch.save(state, tmp_path / "resnet.pth")
+    refused(r"a bottleneck ResNet of depths \[3, 4, 6, 3\] and widths \[32, 64, 128, 256\]", depths=(2, 2, 2, 2))
+    torch.save({n: t for n, t in state.items() if n != "layer3.2.bn2.bias"}, tmp_path / "resnet.pth")
+    refused("tensor layer3.2.bn2.bias is missing")
+    torch.save(state | {"layer1.0.conv2.weight": torch.zeros(8, 2, 3, 3)}, tmp_path / "resnet.pth")  # a ResNeXt's
+    refused(r"layer1.0.conv2.weight has shape \[8, 2, 3, 3\]")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    refused("tensor conv1.weight is missing; is it a ResNet of torchvision")
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_bad_input(box_peer: Any, tmp_path: Path) -> None:
     torch.save({"model": {"class_embed.weight": torch.zeros(3, 3)}}, tmp_path / "part.pth")
     refused("tensor backbone.conv1.weight is missing|is missing", tmp_path / "part.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    refused("holds no `model`", tmp_path / "none.pth")
+    refused("holds no tensors by name", tmp_path / "none.pth")
     torch.save({"model": Malice()}, tmp_path / "evil.pth")
     refused("cannot be read as weights", tmp_path / "evil.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "part.pth").read_bytes()[:300])
