@@ -8,46 +8,62 @@ import torch
 
 from envs.vision.box_quality import box_quality
 from envs.vision.coco_eval import average_precision, detection_records
-from envs.vision.example import Batch
+from envs.vision.example import Batch, HeldoutBatch
 from envs.vision.panoptic_quality import PanopticQuality
 from envs.vision.sources import Source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.detr import Detr, DetrOutput
 from models.detr.postprocess import Detections, Panoptic, detections, panoptic, without
+from models.errors import UserError
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
 
 @torch.no_grad()
 def evaluate_detector(
-    model: Detr, batches: Iterable[Batch], source: Source, count: int, device: str
+    model: Detr, batches: Iterable[HeldoutBatch], source: Source, count: int, device: str
 ) -> dict[str, float]:
-    """batches: the first `count` held-out images of the source, in order. Boxes are scored in the batches' pixels,
-    relative to the image, so resizing changes no figure."""
+    """batches: the first `count` held-out images of the source, but those that cannot be read. Boxes are scored in the
+    batches' pixels, relative to the image, so resizing changes no figure.
+
+    Raises UserError if no image could be read.
+    """
     model.eval()
     truth = source.truth(range(count))
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     records: list[dict[str, Any]] = []
     quality = PanopticQuality()
     answers: list[float] = []
-    number = 0
-    for batch in batches:
+    seen: set[int] = set()
+    for heldout in batches:
+        batch, numbers = heldout.batch, heldout.numbers
+        if batch is None:
+            continue
+        seen.update(numbers)
         there = batch.to_device(device)
         predicted = model(there.images_BCHW, there.valid_BHW)
         output = _on_cpu(predicted)
-        numbers = range(number, number + len(batch.sizes_B2))
-        number = numbers.stop
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
             records += detection_records(i, without(found, source.stuff), source.category_ids)
         answers += answer_qualities(output, batch, source.stuff)
         if predicted.masks_BQHW is not None and batch.ids_BHW is not None:
             _score_masks(quality, batch, predicted, source)
-    figures = average_precision(truth, records)
+    if not seen:
+        raise UserError(f"none of {count} held-out images can be read")
+    figures = average_precision(_of(truth, seen), records)
     result = {f"eval/{name}": figures[name] for name in SHOWN if figures[name] >= 0}
     result["eval/quality"] = float(np.mean(answers))
     if quality.classes:
         result |= {f"eval/{name}": value for name, value in quality.result(source.stuff).items()}
     return result
+
+
+def _of(truth: dict[str, Any], seen: Collection[int]) -> dict[str, Any]:
+    """The truth without the images that could not be read."""
+    return truth | {
+        "images": [image for image in truth["images"] if image["id"] in seen],
+        "annotations": [annotation for annotation in truth["annotations"] if annotation["image_id"] in seen],
+    }
 
 
 def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -> list[float]:

@@ -5,7 +5,9 @@
 Evaluation is of the averaged weights (EMA), on held-out images: COCO's AP on things, panoptic quality with masks.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +56,10 @@ class DetrJobConfig:
 
 
 def train(config: DetrJobConfig, run: "Run") -> None:
-    """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json."""
+    """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json.
+
+    Data that ends the run (an image that cannot be read) ends it after a checkpoint.
+    """
     source = make_source(config.data, run.seed, heldout=True)
     learner = make_learner(config, source, run)
     state = run.restore()
@@ -63,7 +68,10 @@ def train(config: DetrJobConfig, run: "Run") -> None:
     loaders = start_loaders(config, run)
     clock, waited = time.perf_counter(), 0.0
     numbers = ((number,) for number in range(learner.step, config.steps))
-    for batch, wait in in_order(loaders, "train_batch", numbers, config.loader_timeout_s):
+    batches = in_order(loaders, "train_batch", numbers, config.loader_timeout_s)
+    while learner.step < config.steps:
+        with saved_if_data_fails(learner, run):
+            batch, wait = next(batches)
         waited += wait
         metrics = learner.update(batch, want_metrics=(learner.step + 1) % config.log_every == 0)
         step = learner.step
@@ -75,8 +83,9 @@ def train(config: DetrJobConfig, run: "Run") -> None:
             run.log(step, metrics, config.steps)
             clock, waited = time.perf_counter(), 0.0
         if step % config.eval_every == 0 or step == config.steps:
-            show(config, learner, loaders, source, run)
-            figures = evaluation(config, learner, loaders, source, run)
+            with saved_if_data_fails(learner, run):
+                show(config, learner, loaders, source, run)
+                figures = evaluation(config, learner, loaders, source, run)
             run.log(step, figures, config.steps)
             run.summarize(figures)
             run.save(step, learner.state(), score=figures["eval/AP"])
@@ -97,6 +106,17 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     run.summarize(figures)
 
 
+@contextlib.contextmanager
+def saved_if_data_fails(learner: DetrLearner, run: "Run") -> Iterator[None]:
+    """Around what reads images: what was learned since the last checkpoint outlives one that is broken."""
+    try:
+        yield
+    except UserError:
+        if learner.step > 0 and learner.is_finite():  # weights that diverged may be why
+            run.save(learner.step, learner.state())
+        raise
+
+
 def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearner:
     settings = config.network, config.loss, config.optimizer
     return DetrLearner(config.model, source.names, *settings, config.steps, run.seed, run.device, source.category_ids)
@@ -110,7 +130,10 @@ def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
 def show(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run") -> None:
     """Draw what is found in the first held-out images."""
     count = min(SHOWN, len(source))
-    batch, _ = next(in_order(loaders, "heldout_batch", [(0, count)], config.loader_timeout_s))
+    heldout, _ = next(in_order(loaders, "heldout_batch", [(0, count)], config.loader_timeout_s))
+    batch = heldout.batch
+    if batch is None:  # none of these can be read
+        return
     found = detect(learner.averaged, batch, [(int(h), int(w)) for h, w in batch.sizes_B2], run.device, threshold=0.5)
     things = [without(d, source.stuff) for d in found]
     pictures = [with_boxes(image, d, source.names) for image, d in zip(batch.images_BHWC, things)]

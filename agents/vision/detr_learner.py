@@ -206,6 +206,9 @@ class DetrLearner:
             "train/lr": self.optimizer.param_groups[0]["lr"],
         }
 
+    def is_finite(self) -> bool:
+        return all(bool(weights.isfinite().all()) for weights in self._averaging[0])
+
     def state(self) -> dict[str, Any]:
         return {
             "step": self.step,

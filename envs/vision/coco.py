@@ -18,6 +18,7 @@ from models.errors import UserError
 
 log = logging.getLogger(__name__)
 
+TOLD = 3  # of the records left out, in the log
 OVERSHOOT = 1.0  # pixels by which a box may exceed its image: COCO's own do, by rounding
 
 
@@ -81,6 +82,9 @@ class CocoFolder:
             except MALFORMED as error:
                 self._unusable("annotation", annotation, error)
         self._add_captions(records)
+        if self.problems:
+            shown = "; ".join(self.problems[:TOLD])
+            log.warning("%s: %d records left out: %s", self.file, len(self.problems), shown)
         self.records = list(records.values())
         if not self.records:
             raise UserError(
@@ -121,7 +125,7 @@ class CocoFolder:
             raise UserError(
                 f"{file or self.file}: {problem}; mend it, or set --data.coco.on-bad skip to leave such records out"
             )
-        self.problems.append(problem)
+        self.problems.append(f"{file.name}: {problem}" if file else problem)
 
     def _unusable(self, kind: str, record: Any, error: Exception, file: Path | None = None) -> None:
         self._bad(f"{kind} {shown(record)} cannot be used ({type(error).__name__}: {error})", file)

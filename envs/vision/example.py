@@ -69,6 +69,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class HeldoutBatch:
+    """Held-out images that could be read: their numbers in the source, and their batch; None if there is none."""
+
+    numbers: list[int]
+    batch: Batch | None
+
+
+@dataclass(frozen=True)
 class DeviceBatch:
     images_BCHW: Tensor
     valid_BHW: Tensor | None  # None: nothing is padded

@@ -1,5 +1,6 @@
 """Where labelled images come from: scenes rendered on the fly, or a COCO folder. And the actor that makes batches."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,12 +9,14 @@ import numpy as np
 
 from envs.vision.coco import CocoConfig, CocoFolder
 from envs.vision.coco_format import categories, instance_records
-from envs.vision.example import Batch, Example, collate
+from envs.vision.example import Batch, Example, HeldoutBatch, collate
 from envs.vision.scene_spec import CATEGORIES, STUFF
 from envs.vision.scenes import SceneConfig, Split, make_scene
 from envs.vision.transforms import ResizeConfig, flipped, resized
 from models.errors import UserError
 from models.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,23 @@ class BatchLoader:
             return self._collate([resized(flipped(e, rng), self.config.resize, rng) for e in examples])
         return self._collate([source.example(i) for i in indices])
 
-    def heldout_batch(self, first: int, count: int) -> Batch:
+    def heldout_batch(self, first: int, count: int) -> HeldoutBatch:
+        """Images `first` to `first + count - 1`. Of a folder, with `on_bad="skip"`, without those that cannot be
+        read, which are named in the log; otherwise UserError."""
         source = self.source(heldout=True)
-        examples = [source.example(i, self.masks) for i in range(first, first + count)]
-        if isinstance(source, CocoSource):
-            examples = [resized(e, self.config.resize, None) for e in examples]
-        return self._collate(examples)
+        if not isinstance(source, CocoSource):
+            numbers = list(range(first, first + count))
+            return HeldoutBatch(numbers, self._collate([source.example(i) for i in numbers]))
+        numbers, examples = [], []
+        for number in range(first, first + count):
+            try:
+                examples.append(resized(source.example(number, self.masks), self.config.resize, None))
+                numbers.append(number)
+            except UserError as error:
+                if self.config.coco.on_bad == "refuse":
+                    raise
+                log.warning("left out: %s", error)
+        return HeldoutBatch(numbers, self._collate(examples) if examples else None)
 
     def _collate(self, examples: list[Example]) -> Batch:
         if not self.masks:

@@ -18,10 +18,10 @@ from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConf
 from agents.vision.prefetch import ATTEMPTS, in_order
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes
-from envs.vision.example import Batch, collate
+from envs.vision.example import Batch, HeldoutBatch, collate
 from envs.vision.scene_spec import KINDS
 from envs.vision.scenes import SceneConfig
-from envs.vision.sources import DataConfig, SceneSource
+from envs.vision.sources import BatchLoader, DataConfig, SceneSource, make_source
 from envs.vision.transforms import ResizeConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
@@ -144,6 +144,54 @@ def test_a_folder_of_coco_and_a_trained_model_serve_too(tmp_path: Path) -> None:
         train(replace(config, model=tmp_path / "third" / "model" / "final"), tmp_path, "fourth")
 
 
+def coco_folder(path: Path, masks: bool = False) -> DetrJobConfig:
+    """Five scenes to train on, four held out, as a folder; and the job on it."""
+    for split, count in (("train", 5), ("heldout", 4)):
+        write_scenes(path / "coco", SCENES, seed=0, count=count, split=split)  # type: ignore[arg-type]
+    coco = CocoConfig(path / "coco", "train", panoptic=masks)
+    data = replace(SHORT.data, coco=coco, heldout_split="heldout")
+    return replace(SHORT, data=data, eval_images=4, network=replace(NETWORK, masks=masks))
+
+
+def skipping(config: DetrJobConfig) -> DetrJobConfig:
+    return replace(config, data=replace(config.data, coco=replace(config.data.coco, on_bad="skip")))
+
+
+def test_heldout_images_that_cannot_be_read_are_left_out_of_batches_and_truth(tmp_path: Path) -> None:
+    config = skipping(coco_folder(tmp_path))
+    for number in (0, 1, 3):  # the first batch of two is none at all
+        (tmp_path / "coco" / "heldout" / f"{number:012d}.png").write_bytes(b"no picture")
+    loader = BatchLoader(config.data, 0, 2, masks=False)
+    found = [loader.heldout_batch(first, 2) for first in (0, 2)]
+    assert [(h.numbers, h.batch is None) for h in found] == [([], True), ([2], False)]
+    assert found[1].batch is not None
+    targets = found[1].batch.to_device("cpu").targets
+    logits = torch.nn.functional.one_hot(targets.labels_BT, 17).float() * 20
+    oracle = Oracle(DetrOutput(logits[None], targets.boxes_BT4[None]))
+    source = make_source(config.data, 0, heldout=True)
+    assert evaluate_detector(oracle, found, source, 4, "cpu")["eval/AP"] == pytest.approx(1)
+    assert "eval/AP" in train(config, tmp_path, "run")
+    with pytest.raises(UserError, match="none of 2 held-out images can be read"):
+        evaluate_detector(oracle, found[:1], source, 2, "cpu")
+
+
+@pytest.mark.parametrize(("split", "saved"), [("heldout", 3), ("train", 1)])
+def test_an_image_that_ends_the_run_ends_it_after_a_checkpoint(split: str, saved: int, tmp_path: Path) -> None:
+    config = replace(coco_folder(tmp_path), loaders=1)
+    # Of the training images, the first of the second batch.
+    number = 1 if split == "heldout" else BatchLoader(config.data, 0, 2, masks=False)._index(5, 2)
+    image = tmp_path / "coco" / split / f"{number:012d}.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"{image.name}: not an image"):
+        train(replace(config, eval_every=3), tmp_path, "cut")
+    assert final_state(tmp_path, "cut")["step"] == saved
+    image.write_bytes(whole)
+    train(replace(config, eval_every=3), tmp_path, "cut", resume=True)
+    train(replace(config, eval_every=3), tmp_path, "whole")
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+
+
 def test_evaluate_scores_the_averaged_weights_of_the_checkpoint(tmp_path: Path) -> None:
     train(SHORT, tmp_path, "run")
     run = runtime(tmp_path, "run", resume=True)
@@ -163,6 +211,11 @@ def batches(source: SceneSource, first: int, count: int) -> Batch:
     return collate([source.example(i) for i in range(first, first + count)])
 
 
+def heldout(batch: Batch) -> list[HeldoutBatch]:
+    """As the first held-out batch."""
+    return [HeldoutBatch(list(range(len(batch.sizes_B2))), batch)]
+
+
 def learner(**settings: Any) -> DetrLearner:
     optimizer = OptimizerConfig(lr=2e-3, backbone_lr=2e-3, warmup=10, ema_decay=0.9, **settings)
     source = SceneSource(SCENES, 0, "train")
@@ -175,10 +228,10 @@ def test_it_learns_four_scenes_by_heart() -> None:
     source = SceneSource(SCENES, 0, "train")
     batch = batches(source, 0, 4)
     pupil = learner()
-    before = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    before = evaluate_detector(pupil.averaged, heldout(batch), source, 4, "cpu")
     for _ in range(150):
         pupil.update(batch, want_metrics=False)
-    after = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    after = evaluate_detector(pupil.averaged, heldout(batch), source, 4, "cpu")
     assert before["eval/AP50"] < 0.1
     assert after["eval/AP50"] > 0.9
     assert after["eval/PQ"] > 0.2
@@ -221,11 +274,11 @@ def test_perfect_answers_score_one() -> None:
     assert targets.masks_BTHW is not None
     logits = torch.nn.functional.one_hot(targets.labels_BT.where(targets.valid_BT, 21), 22).float() * 20
     answer = DetrOutput(logits[None], targets.boxes_BT4[None], targets.masks_BTHW.float() * 40 - 20)
-    figures = evaluate_detector(Oracle(answer), [batch], source, 6, "cpu")
+    figures = evaluate_detector(Oracle(answer), heldout(batch), source, 6, "cpu")
     assert figures["eval/AP"] == figures["eval/AP50"] == pytest.approx(1)
     assert figures["eval/PQ"] == pytest.approx(1)
     shifted = targets.boxes_BT4 + torch.tensor([0.0, 0.0, 0.03, 0.03])
-    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), [batch], source, 6, "cpu")
+    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), heldout(batch), source, 6, "cpu")
     assert 0.1 < worse["eval/AP"] < 0.95
 
 

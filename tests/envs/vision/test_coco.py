@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,14 +143,17 @@ def change_json(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]
     ],
 )
 def test_bad_records_are_named_then_refused_or_left_out(
-    folder: Path, kind: str, change: Any, message: str, examples: int, objects_left_out: int | None
-) -> None:
+    folder: Path, kind: str, change: Any, message: str, examples: int, objects_left_out: int | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     before = sum(len(r.labels) for r in CocoFolder(config(folder)).records)
     change_json(folder, kind, change)
     with pytest.raises(UserError, match=message):
         CocoFolder(config(folder))
     skipping = CocoFolder(config(folder, on_bad="skip"))
     assert len(skipping.problems) == 1
+    assert re.search(message, caplog.text)
+    assert "1 records left out: " in caplog.text
     assert len(skipping) == examples
     if objects_left_out is not None:
         assert before - sum(len(r.labels) for r in skipping.records) == objects_left_out
