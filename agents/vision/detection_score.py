@@ -26,7 +26,8 @@ def evaluate_detector(
     """batches: the first `count` held-out images of the source, but those that cannot be read. Boxes are scored in the
     batches' pixels, relative to the image, so resizing changes no figure.
 
-    Raises UserError if no image could be read.
+    Figures that there is nothing to measure on are left out: AP, where the images show no things. Raises UserError if
+    no image could be read.
     """
     model.eval()
     truth = source.truth(range(count))

@@ -88,7 +88,7 @@ def train(config: DetrJobConfig, run: "Run") -> None:
                 figures = evaluation(config, learner, loaders, source, run)
             run.log(step, figures, config.steps)
             run.summarize(figures)
-            run.save(step, learner.state(), score=figures["eval/AP"])
+            run.save(step, learner.state(), score=figures.get("eval/AP"))  # without things there is no AP
             clock, waited = time.perf_counter(), 0.0
     save_detr(learner.averaged, run.directory / "model" / "final")
 

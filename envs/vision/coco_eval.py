@@ -41,6 +41,8 @@ def average_precision(
     A figure is -1 where the dataset has nothing to measure it on (no small objects, say), as COCOeval has it.
     """
     results = list(results)
+    if not dataset["annotations"]:
+        return dict.fromkeys(FIGURES, -1.0)
     if not results:
         return dict.fromkeys(FIGURES, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes

@@ -192,6 +192,18 @@ def test_an_image_that_ends_the_run_ends_it_after_a_checkpoint(split: str, saved
     assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
 
 
+def test_images_without_things_have_no_ap(tmp_path: Path) -> None:
+    empty = replace(SHORT, data=DataConfig(replace(SCENES, min_objects=0, max_objects=0)), steps=2)
+    figures = train(empty, tmp_path, "scenes")
+    assert "eval/quality" in figures
+    assert "eval/AP" not in figures
+    config = replace(coco_folder(tmp_path), steps=2)
+    file = tmp_path / "coco" / "annotations" / "instances_heldout.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    assert "eval/AP" not in train(config, tmp_path, "folder")
+    assert (tmp_path / "scenes" / "model" / "final").is_dir()
+
+
 def test_evaluate_scores_the_averaged_weights_of_the_checkpoint(tmp_path: Path) -> None:
     train(SHORT, tmp_path, "run")
     run = runtime(tmp_path, "run", resume=True)
