@@ -34,6 +34,8 @@ SHOWN = 16  # held-out images drawn with their boxes at each evaluation
 class DetrJobConfig:
     model: Path | None = None
     """DETR folder (transformers) or .pth file (original code) to begin from. None: --network from random weights."""
+    dilation: bool = False
+    """The .pth is of a DC5 model, with a dilated backbone: needed where the file does not say so itself."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: SetLossConfig = field(default_factory=SetLossConfig)
@@ -119,7 +121,9 @@ def saved_if_data_fails(learner: DetrLearner, run: "Run") -> Iterator[None]:
 
 def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearner:
     settings = config.network, config.loss, config.optimizer
-    return DetrLearner(config.model, source.names, *settings, config.steps, run.seed, run.device, source.category_ids)
+    return DetrLearner(
+        config.model, source.names, *settings, config.steps, run.seed, run.device, source.category_ids, config.dilation
+    )
 
 
 def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":

@@ -98,7 +98,9 @@ class DetrLearner:
     """All that a checkpoint has to hold. `averaged` follows the weights at `ema_decay`, and starts as they do.
 
     names, category_ids: of the data's labels, and COCO's numbers for them, which are asked for where the model to start
-    from does not name its own. Raises UserError if that model cannot be read, or lacks a label.
+    from does not name its own. dilation: of that model, as `load_detr` takes it.
+
+    Raises UserError if that model cannot be read, or lacks a label.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class DetrLearner:
         seed: int,
         device: str,
         category_ids: Sequence[int] = (),
+        dilation: bool = False,
     ) -> None:
-        self.category_ids = category_ids
+        self.category_ids, self.dilation = category_ids, dilation
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
         self.net = self.build(start, network, names).to(device).train()
         for parameter in self.net.parameters():
@@ -130,7 +133,7 @@ class DetrLearner:
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
         return (
-            with_labels(load_detr(start), names, self.category_ids, str(start))
+            with_labels(load_detr(start, self.dilation), names, self.category_ids, str(start))
             if start
             else _random(network, names, self.seed)
         )

@@ -50,6 +50,8 @@ Reward = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 class DetrRLConfig:
     model: Path = Path()
     """The detector to tune: a DETR folder (RUN/model/final of `train detr`) or a .pth file."""
+    dilation: bool = False
+    """The .pth is of a DC5 model, with a dilated backbone: needed where the file does not say so itself."""
     data: DataConfig = field(default_factory=DataConfig)
     reward: str = "envs.vision.box_quality:box_quality"
     """`module:function(boxes, labels, true_boxes, true_labels) -> float`."""
@@ -144,7 +146,9 @@ class DetectorTuner:
             raise UserError("--model is missing: give the detector to tune, RUN/model/final of `train detr`")
         self.no_thing = [*stuff, len(names)]
         self.reward = load_reward(config.reward)
-        self.net: Detr = with_labels(load_detr(config.model), names, category_ids, str(config.model)).to(device)
+        self.net: Detr = with_labels(
+            load_detr(config.model, config.dilation), names, category_ids, str(config.model)
+        ).to(device)
         self.net.backbone.requires_grad_(False)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0, fused=True)
