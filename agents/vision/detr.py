@@ -8,7 +8,7 @@ Evaluation is of the averaged weights (EMA), on held-out images: COCO's AP on th
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,8 @@ SHOWN = 16  # held-out images drawn with their boxes at each evaluation
 @dataclass(frozen=True)
 class DetrJobConfig:
     model: Path | None = None
-    """DETR folder (transformers) or .pth file (original code) to begin from. None: --network from random weights."""
+    """DETR folder (transformers) or .pth file (original code) to begin from; of --network only masks may be set beside
+    it. None: --network from random weights."""
     dilation: bool = False
     """The .pth is of a DC5 model, with a dilated backbone: needed where the file does not say so itself."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -55,6 +56,12 @@ class DetrJobConfig:
         for name in ("steps", "batch_size", "loaders", "eval_images", "eval_every", "log_every", "loader_timeout_s"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
+        if self.dilation and self.model is None:
+            raise UserError("--dilation is of the .pth that --model names, and there is none")
+        plain = NetworkConfig(masks=self.network.masks)
+        if self.model is not None and self.network != plain:
+            name = next(f.name for f in fields(plain) if getattr(self.network, f.name) != getattr(plain, f.name))
+            raise UserError(f"--network.{name.replace('_', '-')} is of no use beside --model, which has its own shape")
 
 
 def train(config: DetrJobConfig, run: "Run") -> None:
@@ -67,7 +74,7 @@ def train(config: DetrJobConfig, run: "Run") -> None:
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    loaders = start_loaders(config, run)
+    loaders = start_loaders(config, learner, run)
     clock, waited = time.perf_counter(), 0.0
     numbers = ((number,) for number in range(learner.step, config.steps))
     batches = in_order(loaders, "train_batch", numbers, config.loader_timeout_s)
@@ -103,7 +110,7 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     source = make_source(config.data, run.seed, heldout=True)
     learner = make_learner(config, source, run)
     learner.load_state(state)
-    figures = evaluation(config, learner, start_loaders(config, run), source, run)
+    figures = evaluation(config, learner, start_loaders(config, learner, run), source, run)
     run.log(learner.step, figures)
     run.summarize(figures)
 
@@ -126,8 +133,8 @@ def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearn
     )
 
 
-def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
-    arguments = config.data, run.seed, config.batch_size, config.network.masks
+def start_loaders(config: DetrJobConfig, learner: DetrLearner, run: "Run") -> "ActorGroup":
+    arguments = config.data, run.seed, config.batch_size, learner.masks
     return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
 
 

@@ -42,7 +42,7 @@ class NetworkConfig:
     ffn_dim: int = 512
     dropout: float = 0.0
     masks: bool = False
-    """Train the mask head too, for panoptic segmentation."""
+    """Train a mask head too, for panoptic segmentation; a fresh one if --model has none."""
 
     def shape(self, names: tuple[str, ...]) -> DetrConfig:
         return DetrConfig(
@@ -119,6 +119,7 @@ class DetrLearner:
         self.category_ids, self.dilation = category_ids, dilation
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
         self.net = self.build(start, network, names).to(device).train()
+        self.masks = network.masks if start is None else self.net.config.mask_head
         for parameter in self.net.parameters():
             if parameter.dim() == 4:  # images arrive with their channels last, and convolutions are faster so
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -132,11 +133,10 @@ class DetrLearner:
         self.step = 0
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
-        return (
-            with_labels(load_detr(start, self.dilation), names, self.category_ids, str(start))
-            if start
-            else _random(network, names, self.seed)
-        )
+        if start is None:
+            return _random(network, names, self.seed)
+        model = with_labels(load_detr(start, self.dilation), names, self.category_ids, str(start))
+        return _with_mask_head(model, self.seed) if network.masks and not model.config.mask_head else model
 
     def scaffolded(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -251,3 +251,12 @@ def _random(network: NetworkConfig, names: tuple[str, ...], seed: int) -> Detr:
         model = Detr(replace(network.shape(names), backbone=backbone))
         fill(model.backbone, named.items(), str(network.backbone_weights))
         return model
+
+
+def _with_mask_head(model: Detr, seed: int) -> Detr:
+    """A trained box model and a mask head of random weights (arXiv 2005.12872, section 4.4)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "mask head"))
+        whole = Detr(replace(model.config, mask_head=True)).eval()
+    whole.load_state_dict(whole.state_dict() | model.state_dict())
+    return whole

@@ -135,7 +135,8 @@ def test_a_folder_of_coco_and_a_trained_model_serve_too(tmp_path: Path) -> None:
     figures = train(config, tmp_path, "first")
     assert {"eval/AP", "eval/PQ"} <= figures.keys()
     start = tmp_path / "first" / "model" / "final"
-    train(replace(config, model=start, steps=1), tmp_path, "second")
+    config = replace(config, network=NetworkConfig())  # masks are what the model has
+    assert {"eval/AP", "eval/PQ"} <= train(replace(config, model=start, steps=1), tmp_path, "second").keys()
     # Things alone: the classes of the backgrounds are left out of the detector.
     things = replace(data, coco=replace(coco, panoptic=False))
     train(replace(config, model=start, data=things, steps=1), tmp_path, "third")
@@ -151,6 +152,29 @@ def coco_folder(path: Path, masks: bool = False) -> DetrJobConfig:
     coco = CocoConfig(path / "coco", "train", panoptic=masks)
     data = replace(SHORT.data, coco=coco, heldout_split="heldout")
     return replace(SHORT, data=data, eval_images=4, network=replace(NETWORK, masks=masks))
+
+
+def test_a_mask_head_is_added_to_a_trained_box_model(tmp_path: Path) -> None:
+    boxes = replace(SHORT, steps=2)
+    assert "eval/PQ" not in train(boxes, tmp_path, "boxes")
+    start = tmp_path / "boxes" / "model" / "final"
+    config = replace(boxes, model=start, network=NetworkConfig(masks=True))
+    assert "eval/PQ" in train(config, tmp_path, "masks")
+    assert load_detr(tmp_path / "masks" / "model" / "final").config.mask_head
+    names = SceneSource(SCENES, 0, "train").names
+    pupil, again = (
+        DetrLearner(start, names, config.network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu") for _ in range(2)
+    )
+    assert_equal(dict(pupil.net.state_dict()), dict(again.net.state_dict()))
+    kept = load_detr(start).state_dict()
+    assert_equal({name: pupil.net.state_dict()[name] for name in kept}, dict(kept))
+    with pytest.raises(UserError, match=r"--network\.d-model is of no use beside --model"):
+        replace(config, network=replace(config.network, d_model=64))
+
+
+def test_dilation_is_of_a_model() -> None:
+    with pytest.raises(UserError, match=r"--dilation is of the \.pth"):
+        replace(SHORT, dilation=True)
 
 
 def skipping(config: DetrJobConfig) -> DetrJobConfig:
