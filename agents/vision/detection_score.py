@@ -47,8 +47,8 @@ def evaluate_detector(
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
             records += detection_records(i, without(found, source.stuff), source.category_ids)
         answers += answer_qualities(output, batch, source.stuff)
-        if predicted.masks_BQHW is not None and batch.ids_BHW is not None:
-            _score_masks(quality, batch, predicted, source)
+        if predicted.masks_BQHW is not None:
+            _score_masks(quality, heldout, predicted, source)
     if not seen:
         raise UserError(f"none of {count} held-out images can be read")
     figures = average_precision(_of(truth, seen), records)
@@ -94,21 +94,17 @@ def _on_cpu(output: DetrOutput) -> DetrOutput:
     return DetrOutput(output.logits_LBQC[-1:].float().cpu(), output.boxes_LBQ4[-1:].float().cpu())
 
 
-def _score_masks(quality: PanopticQuality, batch: Batch, output: DetrOutput, source: Source) -> None:
-    assert batch.ids_BHW is not None
+def _score_masks(quality: PanopticQuality, heldout: HeldoutBatch, output: DetrOutput, source: Source) -> None:
+    """At the images' own size, whatever the batch's."""
+    assert heldout.batch is not None
     assert output.masks_BQHW is not None
-    height, width = batch.ids_BHW.shape[1:]
+    height, width = heldout.batch.images_BHWC.shape[1:3]
     rows, columns = output.masks_BQHW.shape[-2:]
-    sizes = [(int(h), int(w)) for h, w in batch.sizes_B2]
-    parts = [(-(-h * rows // height), -(-w * columns // width)) for h, w in sizes]
-    for i, found in enumerate(panoptic(output, sizes, stuff=source.stuff, padded=parts)):
-        quality.add(*_segments(batch, i, sizes[i]), *_found(found))
-
-
-def _segments(batch: Batch, i: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
-    assert batch.ids_BHW is not None
-    labels = batch.labels_BT[i, : batch.valid_BT[i].sum()].tolist()
-    return batch.ids_BHW[i, : size[0], : size[1]], {n + 1: label for n, label in enumerate(labels)}
+    parts = [(-(-int(h) * rows // height), -(-int(w) * columns // width)) for h, w in heldout.batch.sizes_B2]
+    sizes = [truth.ids.shape for truth in heldout.segments]
+    if sizes:  # else a folder of boxes
+        for truth, found in zip(heldout.segments, panoptic(output, sizes, stuff=source.stuff, padded=parts)):
+            quality.add(truth.ids, truth.labels, *_found(found), truth.crowds)
 
 
 def _found(found: Panoptic) -> tuple[np.ndarray, dict[int, int]]:

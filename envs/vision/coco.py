@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from envs.vision.coco_files import MALFORMED, decode_mask, open_image, read_annotations, shown
-from envs.vision.example import Example
+from envs.vision.example import Example, TrueSegments, true_segments
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Record:
     boxes: list[list[float]] = field(default_factory=list)  # xyxy
     shapes: list[Any] = field(default_factory=list)  # segment id (panoptic), or COCO's segmentation, or None
     names: list[str] = field(default_factory=list)  # of the objects, for messages
+    crowds: list[tuple[Any, int]] = field(default_factory=list)  # shape and label of each
     annotations: list[dict[str, Any]] = field(default_factory=list)  # of its objects and crowds, for COCO's evaluation
     segments: Path | None = None  # the panoptic PNG
     captions: list[str] = field(default_factory=list)
@@ -211,6 +212,7 @@ class CocoFolder:
                 }
             )
         if crowd:  # no object to find, but no mistake either
+            record.crowds.append((shape, label))
             return
         record.labels.append(label)
         record.boxes.append([float(v) for v in box])
@@ -235,12 +237,26 @@ class CocoFolder:
             else:
                 self._bad(f"caption {annotation.get('id')} of image {record.id} is empty", file)
 
+    def segments(self, index: int, example: Example) -> TrueSegments:
+        """Of `example(index)`, with the crowds of a panoptic folder. Raises UserError as that does."""
+        record, plain = self.records[index], true_segments(example)
+        if record.segments is None or not record.crowds:
+            return plain
+        numbers, ids, labels = self._segment_numbers(record, record.segments), plain.ids.copy(), dict(plain.labels)
+        for i, (segment, label) in enumerate(record.crowds, start=len(labels) + 1):
+            ids[numbers == segment] = i
+            labels[i] = label
+        return TrueSegments(ids, labels, frozenset(labels.keys() - plain.labels.keys()))
+
+    def _segment_numbers(self, record: Record, file: Path) -> np.ndarray:
+        colours = open_image(file, (record.height, record.width), self.file.name).astype(np.uint32)
+        return colours @ np.array([1, 256, 65536], np.uint32)
+
     def _ids(self, record: Record) -> np.ndarray | None:
         size = record.height, record.width
         ids = np.zeros(size, np.int16)
         if record.segments is not None:
-            colours = open_image(record.segments, size, self.file.name).astype(np.uint32)
-            numbers = colours @ np.array([1, 256, 65536], np.uint32)
+            numbers = self._segment_numbers(record, record.segments)
             for i, segment in enumerate(record.shapes):
                 ids[numbers == segment] = i + 1
             return ids

@@ -9,7 +9,7 @@ import numpy as np
 
 from envs.vision.coco import CocoConfig, CocoFolder
 from envs.vision.coco_format import categories, instance_records
-from envs.vision.example import Batch, Example, HeldoutBatch, collate
+from envs.vision.example import Batch, Example, HeldoutBatch, collate, true_segments
 from envs.vision.scene_spec import CATEGORIES, STUFF
 from envs.vision.scenes import SceneConfig, Split, make_scene
 from envs.vision.transforms import ResizeConfig, flipped, resized
@@ -140,19 +140,23 @@ class BatchLoader:
         """Images `first` to `first + count - 1`. Of a folder, with `on_bad="skip"`, without those that cannot be
         read, which are named in the log; otherwise UserError."""
         source = self.source(heldout=True)
-        if not isinstance(source, CocoSource):
-            numbers = list(range(first, first + count))
-            return HeldoutBatch(numbers, self._collate([source.example(i) for i in numbers]))
-        numbers, examples = [], []
+        numbers: list[int] = []
+        examples: list[Example] = []
         for number in range(first, first + count):
             try:
-                examples.append(resized(source.example(number, self.masks), self.config.resize, None))
+                examples.append(source.example(number, self.masks))
                 numbers.append(number)
             except UserError as error:
                 if self.config.coco.on_bad == "refuse":
                     raise
                 log.warning("left out: %s", error)
-        return HeldoutBatch(numbers, self._collate(examples) if examples else None)
+        if not examples:
+            return HeldoutBatch([], None)
+        if not isinstance(source, CocoSource):
+            return HeldoutBatch(numbers, self._collate(examples), [true_segments(e) for e in examples if self.masks])
+        batch = self._collate([resized(e, self.config.resize, None) for e in examples])
+        pairs = zip(numbers, examples) if self.masks else ()
+        return HeldoutBatch(numbers, batch, [source.folder.segments(number, e) for number, e in pairs])
 
     def _collate(self, examples: list[Example]) -> Batch:
         if not self.masks:

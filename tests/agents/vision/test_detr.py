@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,9 +19,9 @@ from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConf
 from agents.vision.prefetch import ATTEMPTS, in_order
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes
-from envs.vision.example import Batch, HeldoutBatch, collate
+from envs.vision.example import Batch, HeldoutBatch, TrueSegments, collate
 from envs.vision.scene_spec import KINDS
-from envs.vision.scenes import SceneConfig
+from envs.vision.scenes import SceneConfig, make_scene
 from envs.vision.sources import BatchLoader, DataConfig, SceneSource, make_source
 from envs.vision.transforms import ResizeConfig
 from launch.checkpoint import CheckpointStore
@@ -248,8 +249,11 @@ def batches(source: SceneSource, first: int, count: int) -> Batch:
 
 
 def heldout(batch: Batch) -> list[HeldoutBatch]:
-    """As the first held-out batch."""
-    return [HeldoutBatch(list(range(len(batch.sizes_B2))), batch)]
+    """As the first held-out batch, of scenes."""
+    assert batch.ids_BHW is not None
+    labels = [batch.labels_BT[i, valid].tolist() for i, valid in enumerate(batch.valid_BT)]
+    segments = [TrueSegments(ids, dict(enumerate(of, start=1))) for ids, of in zip(batch.ids_BHW, labels)]
+    return [HeldoutBatch(list(range(len(batch.sizes_B2))), batch, segments)]
 
 
 def learner(**settings: Any) -> DetrLearner:
@@ -316,6 +320,45 @@ def test_perfect_answers_score_one() -> None:
     shifted = targets.boxes_BT4 + torch.tensor([0.0, 0.0, 0.03, 0.03])
     worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), heldout(batch), source, 6, "cpu")
     assert 0.1 < worse["eval/AP"] < 0.95
+
+
+def test_panoptic_quality_knows_crowds_and_the_images_own_size(tmp_path: Path) -> None:
+    """An object is made a crowd: to find a part of it is no mistake, unless as another class."""
+    write_scenes(tmp_path, replace(SCENES, size=96, min_objects=2), seed=0, count=1, split="heldout")
+    file = tmp_path / "annotations" / "panoptic_heldout.json"
+    content = json.loads(file.read_text())
+    crowd, *others = content["annotations"][0]["segments_info"][1:]
+    crowd["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    coco = CocoConfig(tmp_path, "heldout", panoptic=True)
+    data = DataConfig(coco=coco, heldout_split="heldout", resize=ResizeConfig((64,), 64))
+    [batch] = [BatchLoader(data, 0, 1, masks=True).heldout_batch(0, 1)]
+    [truth] = batch.segments
+    scene = make_scene(replace(SCENES, size=96, min_objects=2), 0, 0, "heldout")
+    assert truth.ids.shape == (96, 96)
+    assert truth.crowds == {len(truth.labels)}
+    assert np.array_equal(truth.ids == len(truth.labels), scene.ids == 1)
+    assert batch.batch is not None
+    assert batch.batch.ids_BHW is not None
+    assert batch.batch.ids_BHW.shape[1:] == (64, 64)
+    masks = torch.stack([torch.from_numpy(truth.ids == number) for number in truth.labels])
+    source = make_source(data, 0, heldout=True)
+
+    part = masks[-1].clone()
+    part[:, masks[-1].any(0).nonzero()[3] :] = False  # three columns of it
+    masks[-1] = part
+
+    def quality(label_of_crowd: int) -> float:
+        labels = torch.tensor([*list(truth.labels.values())[:-1], label_of_crowd])
+        logits = torch.nn.functional.one_hot(labels, 22).float() * 20
+        boxes = torch.full((1, 1, len(labels), 4), 0.5)
+        oracle = Oracle(DetrOutput(logits[None, None], boxes, masks[None].float() * 40 - 20))
+        return evaluate_detector(oracle, [batch], source, 1, "cpu")["eval/RQ"]
+
+    label = crowd["category_id"] - 1
+    another = next(n for n in range(16) if n != label and n + 1 not in [s["category_id"] for s in others])
+    assert quality(label) == pytest.approx(1)
+    assert quality(another) < 0.9
 
 
 class Dying:
