@@ -10,7 +10,6 @@ folder.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,9 @@ import torch
 
 from agents.vision.ddpo_learner import DDPOLearner, Rollout
 from agents.vision.pictures import as_bytes
-from envs.vision.image_rewards import AGREEMENT, RewardFailed, RewardScorer, find_reward
+from agents.vision.reward_calls import paid
+from envs.vision.custom_reward import RewardFailed
+from envs.vision.image_rewards import AGREEMENT, RewardScorer, find_reward
 from envs.vision.scenes import SceneConfig, scene_caption
 from models.diffusion.lora import ATTENTION
 from models.errors import UserError
@@ -184,7 +185,7 @@ def sample(
         rollout, images = learner.sample(batch, generator)
         rollouts.append(rollout)
         asked.append(scorer.call(0, "score", as_bytes(images), batch, timeout_s=config.reward_timeout_s))
-    return Rollout.join(rollouts), paid(config, asked)
+    return Rollout.join(rollouts), paid(config.reward, config.reward_timeout_s, asked)
 
 
 def evaluation(
@@ -197,22 +198,11 @@ def evaluation(
         _, images = learner.sample(batch, generator)
         pictures.append(as_bytes(images))
         asked.append(scorer.call(0, "score", pictures[-1], batch, timeout_s=config.reward_timeout_s))
-    rewards = paid(config, asked)
+    rewards = paid(config.reward, config.reward_timeout_s, asked)
     run.images(learner.iteration, "samples", np.concatenate(pictures)[:16])
     rows = [{"prompt": prompt, "reward": float(reward)} for prompt, reward in zip(prompts, rewards)]
     run.record(learner.iteration, "rewards", rows)
     return {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
-
-
-def paid(config: DDPOConfig, asked: "list[Future[np.ndarray]]") -> np.ndarray:
-    """The rewards of all batches. Raises RewardFailed if the reward raised, hung, died or returned no number."""
-    try:
-        return np.concatenate([future.result() for future in asked])
-    except ConnectionError as error:
-        raise RewardFailed(
-            f"reward {config.reward}: ended its process, or took over --reward-timeout-s {config.reward_timeout_s:g} s "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def load_prompts(config: DDPOConfig, seed: int) -> tuple[list[str], list[str]]:
