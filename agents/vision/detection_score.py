@@ -14,6 +14,7 @@ from envs.vision.sources import Source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.detr import Detr, DetrOutput
 from models.detr.postprocess import Detections, Panoptic, detections, panoptic, without
+from models.errors import UserError
 
 SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
@@ -23,7 +24,7 @@ def evaluate_detector(
     model: Detr, batches: Iterable[Batch], source: Source, count: int, device: str
 ) -> dict[str, float]:
     """batches: the first `count` held-out images of the source, in order. Boxes are scored in the batches' pixels,
-    relative to the image, so resizing changes no figure."""
+    relative to the image, so resizing changes no figure. Raises UserError as `refuse_divergence` does."""
     model.eval()
     truth = source.truth(range(count))
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
@@ -35,6 +36,7 @@ def evaluate_detector(
         there = batch.to_device(device)
         predicted = model(there.images_BCHW, there.valid_BHW)
         output = _on_cpu(predicted)
+        refuse_divergence(output)
         numbers = range(number, number + len(batch.sizes_B2))
         number = numbers.stop
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
@@ -48,6 +50,14 @@ def evaluate_detector(
     if quality.classes:
         result |= {f"eval/{name}": value for name, value in quality.result(source.stuff).items()}
     return result
+
+
+def refuse_divergence(output: DetrOutput) -> None:
+    """Raises UserError if classes or boxes are not finite."""
+    if not (torch.isfinite(output.logits_BQC).all() & torch.isfinite(output.boxes_BQ4).all()):
+        raise UserError(
+            "the detector's answers are not finite, its weights have diverged: train again with a lower learning rate"
+        )
 
 
 def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -> list[float]:
