@@ -72,7 +72,7 @@ JOBS: dict[str, Job] = {
     "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
     "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
     "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
-    "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
+    "detr-rl": _in("agents.vision.detr_rl", "DetrRLConfig", "vision"),
 }
 
 

@@ -135,7 +135,7 @@ class RLConfig:
 
 @dataclass
 class EvalConfig:
-    """Held-out problems: never trained on, refused if one of them is among the training problems."""
+    """Held-out problems: never trained on. A training file's problems with the same prompt are left out and counted."""
 
     problems: tuple[str, ...] = ()  # sources; () holds out problems of the training sources
     count: int = 100  # problems from each source

@@ -62,7 +62,10 @@ def grpo(batch: PolicyBatch, weight_N: Tensor, tau: float, low: float = 0.2, hig
 
 
 def rest(batch: PolicyBatch, weight_N: Tensor, tau: float) -> Tensor:
-    """ReST (Gulcehre et al. 2023): likelihood of the completions whose reward passed the filter; no negative push."""
+    """ReST (Gulcehre et al. 2023): likelihood of the completions whose reward passed the filter; no negative push.
+
+    It imitates given completions, as fine-tuning does, so the sampler's part in them (weight_N) and tau are unused.
+    """
     return -(batch.advantage_S[batch.sequence_N] * batch.logprobs_N).sum() / batch.denominator
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from envs.reasoning.problem import Problem
 from envs.reasoning.sources import is_generated, load_problems
@@ -22,10 +23,14 @@ class ProblemSets:
 def load_problem_sets(config: LanguageJob, seed: int) -> ProblemSets:
     """Load all three. The held-out problems come first, and the other two leave out their prompts.
 
-    Raises UserError if fine-tuning is asked for and nothing has a worked solution.
+    Raises UserError if a file is named twice for one of them, and if fine-tuning is asked for and nothing has a worked
+    solution.
     """
     if not config.problems:
         raise UserError("--problems is empty: give a source such as gym:chain_sum?min_terms=2 or a .jsonl file")
+    _require_different_files("--problems", config.problems)
+    _require_different_files("--eval.problems", config.eval.problems)
+    _require_different_files("--sft.problems", config.sft.problems)
     if config.eval.problems:
         heldout = _load(config.eval.problems, config.eval.count, derive_seed(seed, "problems", "heldout"), [])
     else:
@@ -39,6 +44,13 @@ def load_problem_sets(config: LanguageJob, seed: int) -> ProblemSets:
         if not sft:
             raise UserError("--sft.steps > 0, but no problem has a worked solution: add a `solution` field, or set 0")
     return ProblemSets(sft, train, heldout)
+
+
+def _require_different_files(flag: str, sources: Sequence[str]) -> None:
+    files = [Path(source).resolve() for source in sources if not is_generated(source)]
+    for file in files:
+        if files.count(file) > 1:
+            raise UserError(f"{flag} names the file {file} twice: keep one")
 
 
 def _load(sources: Sequence[str], count: int, seed: int, exclude: Sequence[Problem]) -> list[Problem]:
@@ -56,8 +68,8 @@ def _hold_out(config: LanguageJob, seed: int) -> list[Problem]:
     heldout = _load([s for s in config.problems if is_generated(s)], config.eval.count, seed, [])
     for source in config.problems:
         if not is_generated(source):
-            count = len(load_problems(source, None, seed))
+            count = len(load_problems(source, None, seed, heldout))
             if count < 2:
                 raise UserError(f"`{source}` holds one problem, and one must be held out: add problems")
-            heldout += load_problems(source, min(config.eval.count, max(1, int(count * HELD_OUT_SHARE))), seed)
+            heldout += load_problems(source, min(config.eval.count, max(1, int(count * HELD_OUT_SHARE))), seed, heldout)
     return heldout

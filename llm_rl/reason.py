@@ -126,15 +126,15 @@ def judge(
     mixed = 0
     for group, (problem, row) in enumerate(zip(problems, attempts)):
         rewards = [a.verdict.reward for a in row]
-        mixed += len(set(rewards)) > 1
         if rl.length_reward and iteration >= rl.length_reward_from:
             bonus = length_reward([len(a.completion.tokens) for a in row], [a.verdict.correct for a in row])
             rewards = [reward + rl.length_reward * extra for reward, extra in zip(rewards, bonus)]
+        mixed += len(set(rewards)) > 1
         for a, reward, advantage in zip(row, rewards, advantages(rewards, rl.objective)):
             reasons[a.verdict.reason] = reasons.get(a.verdict.reason, 0.0) + 1
             samples.append(
                 Sample(
-                    session.prompts[problem.id],
+                    session.prompts[problem.prompt],
                     a.completion.tokens,
                     a.completion.logprobs,
                     advantage,
@@ -205,6 +205,11 @@ def validate(config: ReasonConfig, device: str) -> None:
     rl = config.rl
     if rl.samples < 2 and rl.objective != "rest":
         raise UserError(f"--rl.samples {rl.samples}: a baseline over a problem's samples needs at least 2")
+    if rl.length_reward and rl.objective == "rest":
+        raise UserError(
+            f"--rl.length-reward {rl.length_reward:g}: --rl.objective rest keeps right answers and drops wrong ones, "
+            "whatever their length; leave the length reward out, or choose another objective"
+        )
     if rl.minibatches > rl.problems_per_iteration:
         raise UserError(
             f"--rl.minibatches {rl.minibatches} exceeds --rl.problems-per-iteration {rl.problems_per_iteration}: "

@@ -1,12 +1,13 @@
 """Which problems to train on next: curriculum and prioritised sampling (Kimi k1.5, section 2.3.4)."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from envs.reasoning.problem import Problem
+from envs.reasoning.sources import is_generated
+from models.errors import UserError
 from models.seeding import derive_seed
 
 MEMORY = 0.5  # share of the newest visit in a problem's success rate
@@ -26,8 +27,8 @@ class ProblemSampler:
         self, problems: Sequence[Problem], seed: int, prioritised: bool, curriculum: bool, admit_at: float
     ) -> None:
         self.problems, self.seed, self.prioritised, self.admit_at = list(problems), seed, prioritised, admit_at
-        self.families = sorted({family(p) for p in problems})
-        self.family_P = np.array([self.families.index(family(p)) for p in problems])
+        names, self.family_P = np.unique([family(p) for p in problems], return_inverse=True)
+        self.families: list[str] = names.tolist()
         self.level_P = np.zeros(len(problems), dtype=np.int64)
         self.top: dict[str, int] = {}
         for number, name in enumerate(self.families):
@@ -81,6 +82,13 @@ class ProblemSampler:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError for the state of a sampler of other problems."""
+        then, now = (len(state["success"]), sorted(state["admitted"])), (len(self.problems), self.families)
+        if then != now:
+            raise UserError(
+                f"the checkpoint knows {then[0]} problems of {', '.join(then[1])}, and there are {now[0]} of "
+                f"{', '.join(now[1])}: bring back the problems that the run began with, or train anew"
+            )
         self.success_P = np.array(state["success"])
         self.visits_P = np.array(state["visits"])
         self.admitted = dict(state["admitted"])
@@ -97,5 +105,5 @@ def levels(difficulties: Sequence[float]) -> np.ndarray:
 
 
 def family(problem: Problem) -> str:
-    """`gym:chain_sum` of `gym:chain_sum?min_terms=2@0#17`; the file of a file's problem."""
-    return re.sub(r"(\?[^#]*)?(@\d+)?(#\d+)?$", "", problem.id)
+    """`gym:chain_sum` of a problem of `gym:chain_sum?min_terms=2`; the file of a file's problem."""
+    return problem.source.partition("?")[0] if is_generated(problem.source) else problem.source

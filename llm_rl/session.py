@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.reasoning.problem import Problem, Verdict
 from llm_rl.batch import Sample
-from llm_rl.config import LanguageJob
+from llm_rl.config import LanguageJob, SFTJobConfig
 from llm_rl.evaluation import heldout_metrics
 from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.learner import Learner
@@ -37,7 +37,7 @@ THOUGHT = re.compile("<think>.*</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Attempt:
-    """One completion with its verdict."""
+    """One completion with its verdict. text: as the verifier reads it, with a `<think>` that the prompt ended in."""
 
     completion: Completion
     text: str
@@ -63,11 +63,10 @@ class Session:
         language = read_config(self.folder)
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
-        self.dialogue = Dialogue(self.folder, config.system_prompt)
-        self.prompts = {p.id: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
+        self.dialogue = Dialogue(self.folder, config.system_prompt, language.eos_token_id)
+        self.prompts = {p.prompt: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
-        stops = tuple(sorted({self.dialogue.eos, *language.eos_token_id}))
-        self.sampling = SamplingConfig(temperature, max_tokens, stops)
+        self.sampling = SamplingConfig(temperature, max_tokens, self.dialogue.stops)
         self.verifiers = Verifiers(config, run, [*self.sets.train, *self.sets.heldout])
         gpu = run.device == "cuda"
         rollout, learner = config.rollout, config.learner
@@ -99,12 +98,14 @@ class Session:
 
     def _context(self, max_tokens: int, limit: int) -> int:
         """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""
-        longest = max(self.prompts, key=lambda id: len(self.prompts[id]))
-        context = len(self.prompts[longest]) + max_tokens
+        longest = max([*self.sets.train, *self.sets.heldout], key=lambda p: len(self.prompts[p.prompt]))
+        length = len(self.prompts[longest.prompt])
+        context = length + max_tokens
         if context > limit:
+            flag = "--max-tokens" if isinstance(self.config, SFTJobConfig) else "--rl.max-tokens"
             raise UserError(
-                f"problem {longest}: its prompt of {len(self.prompts[longest])} tokens plus {max_tokens} new tokens "
-                f"exceed the policy's context of {limit}; shorten the prompt or lower --rl.max-tokens"
+                f"problem {longest.id}: its prompt of {length} tokens plus {max_tokens} new tokens "
+                f"exceed the policy's context of {limit}; shorten the prompt or lower {flag}"
             )
         return min(limit, -(-context // 64) * 64)
 
@@ -144,13 +145,14 @@ class Session:
         attempts: list[list[Attempt]] = [[] for _ in problems]
 
         def verify(indices: list[int], completions: list[list[Completion]]) -> None:
-            texts = [[self.dialogue.text(c.tokens) for c in group] for group in completions]
+            openings = [self.dialogue.opening(problems[i].prompt) for i in indices]
+            texts = [[o + self.dialogue.text(c.tokens) for c in group] for o, group in zip(openings, completions)]
             owners = [problems[i] for i, group in zip(indices, texts) for _ in group]
             verdicts = iter(self.verifiers.score(owners, [text for group in texts for text in group]))
             for index, group, words in zip(indices, completions, texts):
                 attempts[index] = [Attempt(c, text, next(verdicts)) for c, text in zip(group, words)]
 
-        prompts = [self.prompts[p.id] for p in problems]
+        prompts = [self.prompts[p.prompt] for p in problems]
         collect(self.workers, prompts, sampling, samples, seed, self.config.rollout.timeout_s, verify)
         return attempts
 

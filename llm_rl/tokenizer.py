@@ -51,9 +51,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 class Dialogue:
-    """One policy's tokenizer with its chat format."""
+    """One policy's tokenizer with its chat format. stops: the tokens that end a turn, the tokenizer's own and those of
+    the policy's config (Llama 3 has three)."""
 
-    def __init__(self, folder: Path, system_prompt: str = "") -> None:
+    def __init__(self, folder: Path, system_prompt: str = "", eos_token_ids: Sequence[int] = ()) -> None:
         transformers_logging.set_verbosity_error()  # it warns of our model_type, which the tokenizer does not need
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -66,23 +67,31 @@ class Dialogue:
             raise UserError(f"{folder}: the tokenizer names no eos token; set eos_token in tokenizer_config.json")
         self.system_prompt = system_prompt
         self.eos: int = self.tokenizer.eos_token_id
+        self.stops = tuple(sorted({self.eos, *eos_token_ids}))
 
     def prompt(self, question: str) -> list[int]:
         """Token ids up to where the policy begins to answer."""
+        return self.tokenizer.encode(self._rendered(question), add_special_tokens=not self.tokenizer.chat_template)
+
+    def opening(self, question: str) -> str:
+        """`<think>` if the prompt leaves thinking open, as the templates of DeepSeek-R1's distillates and of
+        Qwen3-Thinking do: the completion begins in the middle of it. Otherwise empty."""
+        opened, closed = map(self._rendered(question).rfind, MARKS)
+        return MARKS[0] if opened > closed else ""
+
+    def _rendered(self, question: str) -> str:
         if not self.tokenizer.chat_template:
-            text = f"{self.system_prompt}\n{question}\n" if self.system_prompt else f"{question}\n"
-            return self.tokenizer.encode(text)
+            return f"{self.system_prompt}\n{question}\n" if self.system_prompt else f"{question}\n"
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages.append({"role": "user", "content": question})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(cast(str, rendered), add_special_tokens=False)
+        return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def answer(self, text: str) -> list[int]:
         """Token ids of a worked solution, with the end token."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What a completion says, without its end token."""
-        kept = tokens[:-1] if tokens and tokens[-1] == self.eos else tokens
+        """What a completion says, without the stop token that ended it."""
+        kept = tokens[:-1] if tokens and tokens[-1] in self.stops else tokens
         text = self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast(str, text)

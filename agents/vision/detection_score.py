@@ -27,7 +27,7 @@ def evaluate_detector(
     batches' pixels, relative to the image, so resizing changes no figure.
 
     Figures that there is nothing to measure on are left out: AP, where the images show no things. Raises UserError if
-    no image could be read.
+    no image could be read, and as `refuse_divergence` does.
     """
     model.eval()
     truth = source.truth(range(count))
@@ -44,6 +44,7 @@ def evaluate_detector(
         there = batch.to_device(device)
         predicted = model(there.images_BCHW, there.valid_BHW)
         output = _on_cpu(predicted)
+        refuse_divergence(output)
         for i, found in zip(numbers, detections(output, [sizes[i] for i in numbers])):
             records += detection_records(i, without(found, source.stuff), source.category_ids)
         answers += answer_qualities(output, batch, source.stuff)
@@ -65,6 +66,14 @@ def _of(truth: dict[str, Any], seen: Collection[int]) -> dict[str, Any]:
         "images": [image for image in truth["images"] if image["id"] in seen],
         "annotations": [annotation for annotation in truth["annotations"] if annotation["image_id"] in seen],
     }
+
+
+def refuse_divergence(output: DetrOutput) -> None:
+    """Raises UserError if classes or boxes are not finite."""
+    if not (torch.isfinite(output.logits_BQC).all() & torch.isfinite(output.boxes_BQ4).all()):
+        raise UserError(
+            "the detector's answers are not finite, its weights have diverged: train again with a lower learning rate"
+        )
 
 
 def answer_qualities(output: DetrOutput, batch: Batch, stuff: Collection[int]) -> list[float]:

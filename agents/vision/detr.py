@@ -12,22 +12,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from agents.vision.detection_score import detect, evaluate_detector
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
-from agents.vision.pictures import with_boxes
+from agents.vision.heldout import evaluation, show
 from agents.vision.prefetch import in_order
 from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.checkpoint import save_detr
 from models.detr.loss import SetLossConfig
-from models.detr.postprocess import without
 from models.errors import UserError
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
-
-SHOWN = 16  # held-out images drawn with their boxes at each evaluation
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ def train(config: DetrJobConfig, run: "Run") -> None:
             clock, waited = time.perf_counter(), 0.0
         if step % config.eval_every == 0 or step == config.steps:
             with saved_if_data_fails(learner, run):
-                show(config, learner, loaders, source, run)
-                figures = evaluation(config, learner, loaders, source, run)
+                show(config, learner.averaged, step, loaders, source, run)
+                figures = evaluation(config, learner.averaged, loaders, source, run)
             run.log(step, figures, config.steps)
             run.summarize(figures)
             run.save(step, learner.state(), score=figures.get("eval/AP"))  # without things there is no AP
@@ -110,7 +104,7 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     source = make_source(config.data, run.seed, heldout=True)
     learner = make_learner(config, source, run)
     learner.load_state(state)
-    figures = evaluation(config, learner, start_loaders(config, learner, run), source, run)
+    figures = evaluation(config, learner.averaged, start_loaders(config, learner, run), source, run)
     run.log(learner.step, figures)
     run.summarize(figures)
 
@@ -136,25 +130,3 @@ def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearn
 def start_loaders(config: DetrJobConfig, learner: DetrLearner, run: "Run") -> "ActorGroup":
     arguments = config.data, run.seed, config.batch_size, learner.masks
     return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
-
-
-def show(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run") -> None:
-    """Draw what is found in the first held-out images."""
-    count = min(SHOWN, len(source))
-    heldout, _ = next(in_order(loaders, "heldout_batch", [(0, count)], config.loader_timeout_s))
-    batch = heldout.batch
-    if batch is None:  # none of these can be read
-        return
-    found = detect(learner.averaged, batch, [(int(h), int(w)) for h, w in batch.sizes_B2], run.device, threshold=0.5)
-    things = [without(d, source.stuff) for d in found]
-    pictures = [with_boxes(image, d, source.names) for image, d in zip(batch.images_BHWC, things)]
-    run.images(learner.step, "heldout/boxes", np.stack(pictures))
-
-
-def evaluation(
-    config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run"
-) -> dict[str, float]:
-    count = min(config.eval_images, len(source))
-    spans = [(first, min(config.batch_size, count - first)) for first in range(0, count, config.batch_size)]
-    batches = (batch for batch, _ in in_order(loaders, "heldout_batch", spans, config.loader_timeout_s))
-    return evaluate_detector(learner.averaged, batches, source, count, run.device)

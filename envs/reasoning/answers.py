@@ -9,8 +9,9 @@ def extract_answer(text: str) -> str | None:
     """Return the final answer of a completion, or None if it has none. Linear in the length of the text.
 
     The answer comes after the last `</think>`, if there is one; thinking that was opened and never closed has no
-    answer. There it is the content of the last `\\boxed{...}` with balanced braces, or else of the last
-    `<answer>...</answer>`, or else all that is left, stripped.
+    answer, so a `<think>` that the prompt ends in must stand before the completion. In the rest it is the content
+    of the last `\\boxed{...}` with balanced braces, or else of the last `<answer>...</answer>`, or else all that is
+    left, stripped.
     """
     after_thinking = text.rfind("</think>")
     if text.rfind("<think>") > after_thinking:

@@ -117,6 +117,7 @@ def scene_problems(source: ScenePrompts, seed: int) -> Iterator[Problem]:
             solution=_PLACE.sub("", caption) if rng.random() < source.careless else caption,
             difficulty=float(len(spec.objects)),
             metadata=asdict(spec),
+            source=str(source),
         )
         number += 1
 

@@ -41,7 +41,8 @@ def load_problems(spec: str, count: int | None, seed: int, exclude: Iterable[Pro
     the string fields `prompt` and `answer` and optionally `solution`, `id`, `verifier` (`math`, the default, or
     `exact`) and the number `difficulty`.
     count: None is the whole file; a number draws that many, in an order given by `seed`. Generated sources need one.
-    Ids: `gym:FAMILY?...@SEED#N`, `scene:prompt?...@SEED#N`, or the file's name and line (`problems.jsonl#12`).
+    Ids: `gym:FAMILY?...@SEED#N`, `scene:prompt?...@SEED#N`, and of a file its path with the problem's own id, which
+    another file may use too, or else with the line: `data/train.jsonl#own`, `data/train.jsonl:12`.
 
     The same arguments give the same problems in the same order, and a longer load of a generated source begins with a
     shorter one. Raises UserError for whatever cannot be read, and if there are fewer than `count` such problems.
@@ -109,6 +110,7 @@ def _gym_problem(spec: gym_dataset.GymSpec, entry: Mapping[str, Any], id: str) -
         solution=worked_solution(spec.family, entry),
         difficulty=gym_dataset.difficulty_of(entry),
         metadata=gym_dataset.pack_entry(spec, entry),
+        source=str(spec),
     )
 
 
@@ -118,24 +120,32 @@ def _load_file(path: Path, rows: Any, count: int | None, seed: int, excluded: se
     problems: list[Problem] = []
     origin: dict[str, str] = {}
     prompts: set[str] = set()
-    empty, repeated = True, 0
+    empty, repeated, elsewhere = True, 0, 0
     for number, row in rows(path):
         where, empty = f"{path}:{number}", False
-        problem = _problem_of_row(row, where, default_id=f"{path.name}#{number}")
+        problem = _problem_of_row(row, where, source=str(path))
         if problem.id in origin:
-            raise UserError(f"{where}: id `{problem.id}` is taken by {origin[problem.id]}: make ids distinct")
+            raise UserError(f"{where}: id `{row['id']}` is taken by {origin[problem.id]}: make ids distinct")
         origin[problem.id] = where
         if problem.prompt in prompts:
             repeated += 1
-        elif problem.prompt not in excluded:
+        elif problem.prompt in excluded:
+            elsewhere += 1
+        else:
             problems.append(problem)
         prompts.add(problem.prompt)
     if empty:
         raise UserError(f"`{path}` holds no problems: write at least one")
     if repeated:
         log.warning("%s: left out %d problems whose prompts came before", path, repeated)
-    if len(problems) < (count or 1):
-        raise UserError(f"`{path}` has {len(problems)} usable problems, {count or 1} asked for: ask for fewer")
+    if elsewhere:
+        log.warning("%s: left out %d problems that are held out, or in a source before it", path, elsewhere)
+    if not problems:
+        raise UserError(
+            f"`{path}`: all its problems are held out, or in a source before it: leave it out or hold out others"
+        )
+    if count is not None and len(problems) < count:
+        raise UserError(f"`{path}` has {len(problems)} usable problems, {count} asked for: ask for fewer")
     if count is not None:
         problems = random.Random(derive_seed(seed, path.name)).sample(problems, count)
     return problems
@@ -169,7 +179,7 @@ def _rows_of_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"cannot read `{path}` as Parquet ({error}): is the file complete?") from error
 
 
-def _problem_of_row(row: Any, where: str, default_id: str) -> Problem:
+def _problem_of_row(row: Any, where: str, source: str) -> Problem:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}: each problem must be an object with `prompt` and `answer`")
 
@@ -197,11 +207,13 @@ def _problem_of_row(row: Any, where: str, default_id: str) -> Problem:
     if verifier not in usable:
         error = unknown_name("verifier", verifier, usable)
         raise UserError(f"{where}: {error}")
+    own_id = text("id")
     return Problem(
-        id=text("id") or default_id,
+        id=f"{source}#{own_id}" if own_id else where,
         prompt=required("prompt"),
         answer=required("answer"),
         verifier=verifier,
         solution=text("solution"),
         difficulty=None if difficulty is None else float(difficulty),
+        source=source,
     )

@@ -55,6 +55,39 @@ def test_mirror_descent_rests_where_delta_is_advantage_over_tau() -> None:
     assert gradient(mirror_descent(moving, weight_N, TAU), elsewhere).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["mirror_descent", "rloo"])
+def test_mirror_descent_weights_the_pull_of_each_token(name: str) -> None:
+    logprobs_N, batch = make_batch(delta_scale=0.3)
+    weight_N = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    delta = [0.0] * 4
+    for n, s in enumerate(SEQUENCE_N.tolist()):
+        delta[s] += (logprobs_N[n] - batch.reference_N[n]).item()
+    by_hand = [-float(weight_N[n]) * (batch.advantage_S[s] - TAU * delta[s]) / 4 for n, s in enumerate(SEQUENCE_N)]
+    actual = gradient(OBJECTIVES[name](batch, weight_N, TAU), logprobs_N)
+    torch.testing.assert_close(actual, torch.stack(by_hand), atol=1e-12, rtol=0)
+
+
+def test_grpo_weights_the_surrogate_of_each_token() -> None:
+    logprobs_N, batch = make_batch(delta_scale=0.3)
+    weight_N = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    lengths = [3, 2, 1, 4]
+    by_hand = []
+    for n, s in enumerate(SEQUENCE_N.tolist()):
+        ratio, advantage = math.exp((logprobs_N[n] - batch.reference_N[n]).item()), batch.advantage_S[s].item()
+        clipped = ratio > 1.28 if advantage > 0 else ratio < 0.8
+        by_hand.append(0.0 if clipped else -float(weight_N[n]) * ratio * advantage / lengths[s] / 4)
+    assert 0 < by_hand.count(0.0) < 10
+    actual = gradient(OBJECTIVES["grpo"](batch, weight_N, TAU), logprobs_N)
+    torch.testing.assert_close(actual, torch.tensor(by_hand, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_rest_imitates_what_was_kept_whatever_the_sampler() -> None:
+    logprobs_N, batch = make_batch()
+    weight_N = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    actual = gradient(OBJECTIVES["rest"](batch, weight_N, TAU), logprobs_N)
+    torch.testing.assert_close(actual, -batch.advantage_S[SEQUENCE_N] / 4, atol=1e-12, rtol=0)
+
+
 def test_microbatches_of_one_step_add_up() -> None:
     logprobs_N, batch = make_batch()
     ones = torch.ones(10, dtype=torch.float64)

@@ -3,14 +3,17 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from launch.cli import main
-from llm_rl import reason, session
+from llm_rl import reason, rollout, session
 from models.language.checkpoint import load_pretrained, to_checkpoint
 from models.language.peft_folder import load_adapter
 
@@ -188,6 +191,69 @@ def test_own_problems_and_own_model(finished: Path, tmp_path: Path) -> None:
     assert "heldout/pass@1/sft" not in summary["metrics"]
 
 
+def test_every_end_token_of_the_config_ends_an_answer_and_is_no_part_of_it(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "policy" / "final", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    digits = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(list("0123456789"))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], *digits]}))
+    assert train(tmp_path, "ends", "--model", str(folder), "--sft.steps", "0", "--rl.iterations", "1") == 0
+    rows = [json.loads(line) for file in (tmp_path / "ends/rollouts").iterdir() for line in file.open()]
+    said = [row["completion"] for row in rows if row["finish"] == "stop"]
+    assert said
+    assert not any(re.search(r"\d", text) for text in said)
+
+
+def test_each_problem_is_asked_with_its_own_prompt_where_files_share_ids(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, sums in (("train.jsonl", range(8)), ("test.jsonl", range(10, 18))):
+        rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n), "id": str(n % 10)} for n in sums]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    attempt, asked = session.Session.attempt, list[list[list[int]]]()
+    wanted = list[list[list[int]]]()
+
+    def spy(self: session.Session, problems: list, *rest: Any) -> list:
+        wanted.append([self.dialogue.prompt(p.prompt) for p in problems])
+        return attempt(self, problems, *rest)
+
+    def collect(workers: Any, prompts: list[list[int]], *rest: Any) -> list:
+        asked.append(prompts)
+        return rollout.collect(workers, prompts, *rest)
+
+    monkeypatch.setattr(session.Session, "attempt", spy)
+    monkeypatch.setattr(session, "collect", collect)
+    flags = ["--problems", str(tmp_path / "train.jsonl"), "--eval.problems", str(tmp_path / "test.jsonl")]
+    flags += ["--model", str(finished / "policy" / "final"), "--sft.steps", "0", "--rl.iterations", "1"]
+    assert train(tmp_path, "shared", *flags) == 0
+    assert len(asked) == 5  # two evaluations of greedy and sampled answers, one iteration
+    assert asked == wanted
+    metrics = json.loads((tmp_path / "shared" / "summary.json").read_text())["metrics"]
+    assert f"heldout/pass@1/rl/{tmp_path / 'test.jsonl'}" in metrics
+    assert f"sampler/level/{tmp_path / 'train.jsonl'}" in metrics
+
+
+def test_a_run_on_a_file_with_ids_resumes_and_one_on_another_file_does_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "own.jsonl"
+    rows = [{"prompt": f"{n}?", "answer": str(n), "id": f"n-{n}", "difficulty": n % 4} for n in range(20)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--problems", str(problems), "--model", str(finished / "policy" / "final"), "--sft.steps", "0"]
+    assert train(tmp_path, "straight", *flags) == 0
+    break_at(monkeypatch, "iterate", 3)
+    with pytest.raises(Unplugged):
+        train(tmp_path, "broken", *flags)
+    monkeypatch.undo()
+    whole = problems.read_text()
+    problems.write_text("".join(whole.splitlines(keepends=True)[:15]))
+    assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 2
+    assert "the checkpoint knows 16 problems" in capsys.readouterr().err
+    problems.write_text(whole)
+    assert main(["resume", "broken", "--runs-dir", str(tmp_path)]) == 0
+    ours, theirs = (tmp_path / run / "policy" / "final" / "model.safetensors" for run in ("broken", "straight"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +294,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(error.splitlines()) == 1
     assert expected in error
     assert not (tmp_path / "bad").exists()  # nothing was trained, and the name is free again
+
+
+def test_fine_tuning_names_its_own_limit_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--problems", "gym:chain_sum", "--count", "20", "--eval.count", "2", "--backend", "local"]
+    flags += ["--policy.max-position-embeddings", "20", "--engine", "torch", "--runs-dir", str(tmp_path)]
+    assert main(["train", "sft", *flags, "--sft.count", "20"]) == 2
+    assert "or lower --max-tokens" in capsys.readouterr().err
 
 
 def test_a_truncated_model_folder_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ def test_problems_repeat_by_seed_and_are_kept_apart() -> None:
     problems = load_problems(SOURCE, 50, seed=1)
     assert load_problems(SOURCE, 20, seed=1) == problems[:20]
     assert len({p.prompt for p in problems}) == len({p.id for p in problems}) == 50
+    assert {p.source for p in problems} == {problems[0].id.partition("@")[0]}
     assert {p.difficulty for p in problems} == {1.0, 2.0, 3.0}
     others = load_problems(SOURCE, 50, seed=1, exclude=problems)
     assert not {p.prompt for p in problems} & {p.prompt for p in others}

@@ -30,6 +30,7 @@ def test_gym_problems_are_stable() -> None:
     assert len({problem.id for problem in long}) == len({problem.prompt for problem in long}) == 150
     reordered = "gym:chain_sum?max_terms=2&min_digits=1&min_terms=2&max_digits=1"
     assert load_problems(reordered, 50, seed=3) == short
+    assert {problem.source for problem in long} == {short[0].id.partition("@")[0]}
 
 
 def test_neighbouring_seeds_do_not_share_problems() -> None:
@@ -143,15 +144,17 @@ def test_jsonl(tmp_path: Path) -> None:
         {"prompt": "a", "answer": "b", "id": "x", "verifier": "exact", "difficulty": 3, "solution": "<think></think>b"},
     )
     first, second = load_problems(str(path), None, seed=0)
-    assert (first.id, first.verifier, first.difficulty, first.solution) == ("p.jsonl#1", "math", None, None)
-    assert (second.id, second.verifier, second.difficulty, second.solution) == ("x", "exact", 3.0, "<think></think>b")
+    assert (first.id, first.verifier, first.difficulty, first.solution) == (f"{path}:1", "math", None, None)
+    assert (second.id, second.verifier, second.difficulty) == (f"{path}#x", "exact", 3.0)
+    assert second.solution == "<think></think>b"
+    assert first.source == second.source == str(path)
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": ["1", "2"], "answer": ["a", "b"], "difficulty": [1, None], "x": [[], []]}), path)
     first, second = load_problems(str(path), None, seed=0)
-    assert (first.prompt, first.answer, first.difficulty, first.id) == ("1", "a", 1.0, "p.parquet#1")
+    assert (first.prompt, first.answer, first.difficulty, first.id) == ("1", "a", 1.0, f"{path}:1")
     assert second.difficulty is None
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="is the file complete"):
@@ -164,15 +167,28 @@ def test_parquet(tmp_path: Path) -> None:
         load_problems(str(path), None, seed=0)
 
 
-def test_a_sample_of_a_file_and_what_is_left(tmp_path: Path) -> None:
+def test_own_ids_of_one_file_are_those_of_no_other(tmp_path: Path) -> None:
+    rows = [{"prompt": str(n), "answer": "1", "id": str(n)} for n in range(3)]
+    problems = []
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        path = write_jsonl(tmp_path / split / "p.jsonl", *rows, {"prompt": split, "answer": "1"})
+        problems += load_problems(str(path), None, seed=0)
+    assert len({problem.id for problem in problems}) == 8
+
+
+def test_a_sample_of_a_file_and_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = str(write_jsonl(tmp_path / "p.jsonl", *({"prompt": str(n), "answer": "1"} for n in range(50))))
     held_out = load_problems(path, 10, seed=0)
     assert held_out == load_problems(path, 10, seed=0) != load_problems(path, 10, seed=1)
     rest = load_problems(path, None, seed=0, exclude=held_out)
     assert {p.prompt for p in rest} | {p.prompt for p in held_out} == {str(n) for n in range(50)}
     assert len(rest) == 40
+    assert "left out 10 problems that are held out" in caplog.text
     with pytest.raises(UserError, match="has 40 usable problems, 41 asked for"):
         load_problems(path, 41, seed=0, exclude=held_out)
+    with pytest.raises(UserError, match=r"p\.jsonl`: all its problems are held out, or in a source before it: leave"):
+        load_problems(path, None, seed=0, exclude=[*held_out, *rest])
 
 
 def test_repeated_prompts_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
