@@ -34,6 +34,8 @@ from models.language.parametrisation import learning_rate_multipliers
 from models.language.peft_folder import adapter_settings, adapter_tensors, save_adapter
 from models.language.router import RouterTrace
 
+ROUNDING = 1e-9  # an advantage below this is a reward minus the mean of its equals
+
 
 class Learner:
     def __init__(self, folder: Path, config: LearnerConfig, device: str) -> None:
@@ -153,6 +155,9 @@ class Learner:
         total_load = ExpertLoad()
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
+            # Adam scales any gradient up to the rate, so without a signal the routers' loss alone, or the moments of
+            # the minibatch before, would move the policy by whole steps.
+            signal = any(abs(sample.advantage) > ROUNDING for sample in minibatch)
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
             loss_sum, load = self._zero(), ExpertLoad()
             for lot in lots:
@@ -168,12 +173,13 @@ class Learner:
                 )
                 weight_N = importance_weight(batch.reference_N, batch.sampler_N, config.importance_cap)
                 loss = objective(batch, weight_N, config.tau)
-                (loss + self._router_loss(trace, packed) / len(lots)).backward()
-                self.optimizer.gather()
+                if signal:
+                    (loss + self._router_loss(trace, packed) / len(lots)).backward()
+                    self.optimizer.gather()
                 load += ExpertLoad.of(trace.records)
                 loss_sum += loss.detach()
                 weights.append(weight_N.mean())
-            norms.append(self._step(lr, step, load))
+            norms.append(self._step(lr, step, load) if signal else 0.0)
             total_load += load
             losses.append(loss_sum)
         self.optimizer.reset()
