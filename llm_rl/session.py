@@ -122,16 +122,23 @@ class Session:
         self.workers.close()
         self.learner.close()
 
-    def learn(self, method: str, *args: Any) -> Any:
-        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint."""
-        return self.learner.call(0, method, *args, timeout_s=self.config.learner.timeout_s).result()
+    def learn(self, method: str, *args: Any, share_result: bool = False) -> Any:
+        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint. Raises UserError
+        if it takes longer than its time limit."""
+        limit_s = self.config.learner.timeout_s
+        try:
+            return self.learner.call(0, method, *args, timeout_s=limit_s, share_result=share_result).result()
+        except TimeoutError as error:
+            raise UserError(
+                f"the learner's `{method}` took longer than --learner.timeout-s {limit_s:g}; the last checkpoint is "
+                f"kept: raise it, or give the learner less to do in a step ({error})"
+            ) from error
 
     def sync(self) -> None:
         """Bring the learner's weights, or its adapter, to every worker."""
         self.version += 1
-        give_up_s = self.config.learner.timeout_s
         offer, load = self.what
-        weights = self.learner.call(0, offer, share_result=True, timeout_s=give_up_s).result()
+        weights = self.learn(offer, share_result=True)
         timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast(load, weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:
