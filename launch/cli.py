@@ -55,6 +55,10 @@ def train(arguments: Sequence[str]) -> int:
     job, config, entries = _configured("train", name, flags, TrainOptions)
     _check_device(config.run)
     if config.options.dry_run:
+        if (check := job.check()) is not None:
+            from launch.dry_run import rehearse
+
+            rehearse(check, config.job, config.run)
         print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
         _print_plan(job, config)
         return 0

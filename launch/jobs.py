@@ -12,7 +12,8 @@ from models.errors import UserError, nearest
 class Job:
     """config: the job's dataclass. train and evaluate: functions `(config, run) -> None`.
 
-    The module of `train` may define `plan(config) -> list[tuple[what, count, cpu, gpu, GiB]]`, shown by `--dry-run`.
+    The module of `train` may define `plan(config) -> list[tuple[what, count, cpu, gpu, GiB]]`, shown by `--dry-run`,
+    and `check(config, run)`, called before that: it refuses what `train` refuses before its first actor, where it ends.
     """
 
     config: str
@@ -44,6 +45,9 @@ class Job:
                     f"this job needs the package {error.name}: pip install 'longstride[{self.extra}]'"
                 ) from error
             raise
+
+    def check(self) -> Callable[[Any, Any], None] | None:
+        return getattr(importlib.import_module(self.train.partition(":")[0]), "check", None)
 
     def plan(self, config: Any) -> list[tuple[str, int, float, float, float]]:
         planner = getattr(importlib.import_module(self.train.partition(":")[0]), "plan", None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
-from llm_rl.config import LearnerConfig, LoRASettings, RLConfig
+from llm_rl.config import LanguageJob, LearnerConfig, LoRASettings, ReasonConfig, RLConfig
 from llm_rl.generator import Adapter
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
@@ -28,6 +28,8 @@ from models.language.balancing import (
     update_selection_bias,
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.config import LanguageConfig
+from models.language.decoder import Decoder
 from models.language.lora import LoraConfig, adapter_names, attach, checked_targets, fold, learning_rate_ratios
 from models.language.packing import on_device
 from models.language.parametrisation import learning_rate_multipliers
@@ -49,12 +51,6 @@ class Learner:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         config, multipliers = self.config, learning_rate_multipliers(self.model) | dict(lr_multipliers or {})
         return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, multipliers)
-
-    def check_lora(self, settings: LoRASettings) -> None:
-        """Raises UserError for what `attach_lora` would refuse, which may be hours later."""
-        if settings.rank:
-            checked_targets(self.model, lora_config(settings))
-            learning_rate_ratios(self.model, settings.b_lr_ratio)
 
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
@@ -234,6 +230,16 @@ class Learner:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapters alone, as a PEFT folder that belongs to the model that the learner began with."""
         save_adapter(self.model, folder, base_model=str(self.folder.resolve()))
+
+
+def check_lora(language: LanguageConfig, config: LanguageJob) -> None:
+    """Raises UserError for what `attach_lora` would refuse, which may be hours later. Loads no weights."""
+    with torch.device("meta"):
+        model = Decoder(language).to(getattr(torch, config.learner.dtype))
+    for settings in (config.sft.lora, *([config.rl.lora] if isinstance(config, ReasonConfig) else [])):
+        if settings.rank:
+            checked_targets(model, lora_config(settings))
+            learning_rate_ratios(model, settings.b_lr_ratio)
 
 
 def lora_config(settings: LoRASettings) -> LoraConfig:

@@ -15,7 +15,7 @@ from llm_rl.batch import Sample
 from llm_rl.config import LanguageJob, SFTJobConfig
 from llm_rl.evaluation import heldout_metrics
 from llm_rl.generator import Completion, SamplingConfig
-from llm_rl.learner import Learner
+from llm_rl.learner import Learner, check_lora
 from llm_rl.policy_folder import policy_folder
 from llm_rl.problem_sets import load_problem_sets
 from llm_rl.rollout import RolloutWorker, collect
@@ -61,6 +61,7 @@ class Session:
             config.model, config.policy, self.sets.sft or self.sets.train, run.directory / "policy" / "init", run.seed
         )
         language = read_config(self.folder)
+        check_lora(language, config)
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
         self.dialogue = Dialogue(self.folder, config.system_prompt, language.eos_token_id)
