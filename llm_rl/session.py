@@ -64,7 +64,7 @@ class Session:
         check_lora(language, config)
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
-        self.dialogue = Dialogue(self.folder, config.system_prompt, language.eos_token_id)
+        self.dialogue = Dialogue(self.folder, language, config.system_prompt)
         self.prompts = {p.prompt: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
         self.sampling = SamplingConfig(temperature, max_tokens, self.dialogue.stops)
