@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import Learner, OnPolicyConfig, adam, batch, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from models.control.networks import ValueFunction
@@ -52,7 +52,7 @@ def train(config: A2CConfig, run: "Run") -> None:
 
 
 def evaluate(config: A2CConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, A2C(config, run.seed))
+    evaluation.evaluate(config, run, A2C(config, run.seed))
 
 
 class A2C(Learner):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from agents import replay_training
+from agents import evaluation, replay_training
 from agents.noise import OrnsteinUhlenbeck
 from agents.on_policy import initial_weights
 from agents.replay import Transitions
@@ -46,7 +46,7 @@ def train(config: DDPGConfig, run: "Run") -> None:
 
 
 def evaluate(config: DDPGConfig, run: "Run") -> None:
-    replay_training.evaluate(config, run, DDPG(config, run.seed, run.device))
+    evaluation.evaluate(config, run, DDPG(config, run.seed, run.device))
 
 
 class DDPG(Learner):

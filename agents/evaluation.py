@@ -1,21 +1,20 @@
-"""How good a policy is: whole episodes, played by all workers, greedily or sampled."""
+"""How good a policy is: whole episodes, played by all workers, greedily or sampled; and the checkpoint of it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from agents.config import ControlConfig
-from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, call_each
+from agents.rollout import Snapshot, call_each
 from agents.statistics import bootstrap_interval
 from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from launch.run import ActorGroup, Run
-    from models.control.numpy_policies import NumpyPolicy
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,19 @@ class Evaluation:
         }
 
 
-def start_workers(config: ControlConfig, run: "Run", policy: "Callable[[np.ndarray], NumpyPolicy]") -> "ActorGroup":
-    """Of an agent that learns on the CPU. Raises UserError if the run is to use a GPU."""
-    if run.device != "cpu":
-        raise UserError(
-            f"--device {run.device}: this agent learns on the CPU, leave it out; ddpg, td3 and sac take a GPU"
-        )
-    rollout = RolloutConfig(config.env, config.envs_per_worker, policy, run.seed, config.gamma, config.step_timeout_s)
-    return run.actors(RolloutWorker, config.workers, {"cpu": 1}, rollout, name="rollout")
+class Learner(Protocol):
+    """Whose policy it is."""
+
+    env_steps: int
+    round: int
+
+    def snapshot(self) -> Snapshot: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def start_workers(self, run: "Run") -> "ActorGroup": ...
 
 
 def play_episodes(
@@ -56,9 +60,30 @@ def play_episodes(
     return Evaluation(returns, lengths)
 
 
-def evaluate_checkpoint(config: ControlConfig, run: "Run", workers: "ActorGroup", snapshot: Snapshot) -> None:
-    """The `evaluate` command: greedy episodes to `eval/...`, sampled ones to `eval/sampled/...`, and each episode to
-    the run's rollouts, where `videos` of them are filmed."""
+def evaluate_and_save(
+    config: ControlConfig,
+    run: "Run",
+    workers: "ActorGroup",
+    learner: Learner,
+    metrics: "Mapping[str, float]",
+    state: "Callable[[], dict[str, Any]]",
+) -> None:
+    """Play the greedy policy, log `eval/...` with `metrics`, and save a checkpoint of what `state` returns."""
+    seed = derive_seed(run.seed, "evaluation", learner.round)
+    found = play_episodes(config, workers, learner.snapshot(), seed).metrics()
+    run.log(learner.env_steps, found | dict(metrics), config.steps)
+    run.save(learner.env_steps, state(), score=found["eval/return_mean"])
+    run.summarize(found)
+
+
+def evaluate(config: ControlConfig, run: "Run", learner: Learner) -> None:
+    """The `evaluate` command, on the policy of the run's checkpoint: greedy episodes to `eval/...`, sampled ones to
+    `eval/sampled/...`, and each episode to the run's rollouts, where `videos` of them are filmed."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    learner.load_state(state)
+    workers, snapshot = learner.start_workers(run), learner.snapshot()
     metrics: dict[str, float] = {}
     rows = []
     for kind, prefix in [("greedy", "eval"), ("sampled", "eval/sampled")]:

@@ -18,7 +18,6 @@ How far behind a fragment is: `train/policy_lag`, in updates. It is bounded by t
 calls_ahead` fragments, and by `kept_fragments` for those learnt from again.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from agents import on_policy
-from agents.evaluation import play_episodes, start_workers
+from agents import evaluation
+from agents.clock import Clock
+from agents.evaluation import evaluate_and_save
 from agents.moments import Moments
 from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.pipeline import Pipeline
@@ -70,12 +70,12 @@ def train(config: OffPACConfig, run: "Run") -> None:
     which their fragments arrive is theirs."""
     torch.set_num_threads(1)  # the networks are too small to be shared among threads
     learner = OffPAC(config, run.seed)
-    workers = start_workers(config, run, learner.policy.numpy_policy)
+    workers = learner.start_workers(run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
     pipeline = Pipeline(workers, "collect", config.worker_timeout_s, in_order=False)
-    clock, last_logged = time.perf_counter(), learner.env_steps
+    clock = Clock(learner, workers, "env_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
         for ahead in range(config.calls_ahead):
@@ -88,22 +88,15 @@ def train(config: OffPACConfig, run: "Run") -> None:
             metrics |= learner.learn(fragment)
             if learner.env_steps < next_evaluation:
                 pipeline.issue(worker, *learner.next_call(restart=False))
-            evaluating = not pipeline
-            if evaluating or learner.env_steps // config.log_every > before // config.log_every:
-                now = time.perf_counter()
-                metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (now - clock)
-                metrics["run/actor_restarts"] = float(workers.restarts)
-                if evaluating:
-                    seed = derive_seed(run.seed, "evaluation", learner.round)
-                    metrics |= play_episodes(config, workers, learner.snapshot(), seed).metrics()
-                clock, last_logged = now, learner.env_steps
-                run.log(learner.env_steps, metrics, config.steps)
-        run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
-        run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
+            if pipeline and learner.env_steps // config.log_every > before // config.log_every:
+                run.log(learner.env_steps, metrics | clock.rates(), config.steps)
+                clock.restart()
+        evaluate_and_save(config, run, workers, learner, metrics | clock.rates(), learner.state)
+        clock.restart()
 
 
 def evaluate(config: OffPACConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, OffPAC(config, run.seed))
+    evaluation.evaluate(config, run, OffPAC(config, run.seed))
 
 
 class OffPAC(Learner):

@@ -6,7 +6,6 @@
 Shapes: T steps, N environments of all workers, B valid steps among them, D numbers an observation.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -21,11 +20,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
+from agents.clock import Clock
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_checkpoint, play_episodes, start_workers
+from agents.evaluation import evaluate_and_save
 from agents.moments import CLIP, Moments, Normalizer
 from agents.returns import gae
-from agents.rollout import Fragment, Snapshot, call_each, join
+from agents.rollout import Fragment, RolloutConfig, RolloutWorker, Snapshot, call_each, join
 from envs.control.spaces import ControlSpaces, DiscreteActions
 from envs.control.vector_env import control_spaces
 from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
@@ -33,7 +33,7 @@ from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from launch.run import Run
+    from launch.run import ActorGroup, Run
 
 
 @dataclass(frozen=True)
@@ -70,42 +70,26 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     repeats an uninterrupted one bit for bit, with any number of workers that stay alive.
     """
     torch.set_num_threads(1)  # the networks are too small to be shared among threads
-    workers = start_workers(config, run, learner.policy.numpy_policy)
+    workers = learner.start_workers(run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    clock, last_logged = time.perf_counter(), learner.env_steps
+    clock = Clock(learner, workers, "env_steps")
     restart = True
     while learner.env_steps < config.steps:
         call = (learner.snapshot(), config.steps_per_call, learner.round, restart)
         fragment = join(call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s))
         before = learner.env_steps
         metrics = learner.learn(fragment)
-        learned = time.perf_counter()
         finished = learner.env_steps >= config.steps
         restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
-        if restart:
-            seed = derive_seed(run.seed, "evaluation", learner.round)
-            metrics = play_episodes(config, workers, learner.snapshot(), seed).metrics() | metrics
         if restart or learner.env_steps // config.log_every > before // config.log_every:
-            metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (learned - clock)
-            metrics["run/actor_restarts"] = float(workers.restarts)
-            run.log(learner.env_steps, metrics, config.steps)
-        if restart:
-            run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
-            run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
-        if "time/env_steps_per_s" in metrics:
-            clock, last_logged = time.perf_counter(), learner.env_steps  # evaluations do not count
-
-
-def evaluate(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
-    """Play `eval_episodes` episodes of the policy of the run's checkpoint, greedily and sampled."""
-    state = run.restore()
-    if state is None:
-        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
-    learner.load_state(state)
-    workers = start_workers(config, run, learner.policy.numpy_policy)
-    evaluate_checkpoint(config, run, workers, learner.snapshot())
+            metrics |= clock.rates()
+            if restart:
+                evaluate_and_save(config, run, workers, learner, metrics, learner.state)
+            else:
+                run.log(learner.env_steps, metrics, config.steps)
+            clock.restart()
 
 
 class Learner(ABC):
@@ -135,6 +119,16 @@ class Learner(ABC):
         policy = self.networks["policy"]
         assert isinstance(policy, Policy)
         return policy
+
+    def start_workers(self, run: "Run") -> "ActorGroup":
+        """Raises UserError if the run is to use a GPU."""
+        if run.device != "cpu":
+            raise UserError(
+                f"--device {run.device}: this agent learns on the CPU, leave it out; ddpg, td3 and sac take a GPU"
+            )
+        env, envs, policy = self.config.env, self.config.envs_per_worker, self.policy.numpy_policy
+        rollout = RolloutConfig(env, envs, policy, run.seed, self.config.gamma, self.config.step_timeout_s)
+        return run.actors(RolloutWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
 
     def snapshot(self) -> Snapshot:
         normalizer = Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None

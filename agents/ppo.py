@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import (
     Learner,
     OnPolicyConfig,
@@ -54,7 +54,7 @@ def train(config: PPOConfig, run: "Run") -> None:
 
 
 def evaluate(config: PPOConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, PPO(config, run.seed))
+    evaluation.evaluate(config, run, PPO(config, run.seed))
 
 
 class PPO(Learner):

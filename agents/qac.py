@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from envs.control.spaces import ControlSpaces, DiscreteActions
@@ -53,7 +53,7 @@ def train(config: QACConfig, run: "Run") -> None:
 
 
 def evaluate(config: QACConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, QAC(config, run.seed))
+    evaluation.evaluate(config, run, QAC(config, run.seed))
 
 
 class QAC(Learner):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agents import replay_training
+from agents import evaluation, replay_training
 from agents.on_policy import initial_weights
 from agents.replay import Transitions
 from agents.replay_training import Learner, ReplayConfig
@@ -42,7 +42,7 @@ def train(config: TD3Config, run: "Run") -> None:
 
 
 def evaluate(config: TD3Config, run: "Run") -> None:
-    replay_training.evaluate(config, run, TD3(config, run.seed, run.device))
+    evaluation.evaluate(config, run, TD3(config, run.seed, run.device))
 
 
 class TD3(Learner):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import (
     Batch,
     Learner,
@@ -69,7 +69,7 @@ def train(config: TRPOConfig, run: "Run") -> None:
 
 
 def evaluate(config: TRPOConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, TRPO(config, run.seed))
+    evaluation.evaluate(config, run, TRPO(config, run.seed))
 
 
 class TRPO(Learner):
