@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from agents.config import ControlConfig
-from agents.rollout import Snapshot, call_each
+from agents.pipeline import call_each
+from agents.rollout import Snapshot
 from agents.statistics import bootstrap_interval
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from launch.run import ActorGroup, Run
+
+SLICES = 4  # of a worker's time limit: one is how long it plays before it shows that it lives
+UNLOGGED = "unlogged"  # in a checkpoint's state: metrics of the line whose evaluation failed
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class Learner(Protocol):
 def play_episodes(
     config: ControlConfig, workers: "ActorGroup", snapshot: Snapshot, seed: int, greedy: bool = True
 ) -> Evaluation:
-    """Share `eval_episodes` episodes among the workers."""
+    """Share `eval_episodes` episodes among the workers. Raises UserError if they fail or hang."""
     shares = [len(share) for share in np.array_split(np.arange(config.eval_episodes), len(workers))]
-    calls = [(snapshot, episodes, seed, greedy) for episodes in shares]
+    calls = [(snapshot, episodes, seed, greedy, config.worker_timeout_s / SLICES) for episodes in shares]
     played = call_each(workers, "evaluate", calls, config.worker_timeout_s)
     returns, lengths = (np.concatenate(parts) for parts in zip(*played))
     return Evaluation(returns, lengths)
@@ -68,12 +72,33 @@ def evaluate_and_save(
     metrics: "Mapping[str, float]",
     state: "Callable[[], dict[str, Any]]",
 ) -> None:
-    """Play the greedy policy, log `eval/...` with `metrics`, and save a checkpoint of what `state` returns."""
+    """Play the greedy policy, log `eval/...` with `metrics`, and save a checkpoint of what `state` returns.
+
+    Whatever ends the evaluation, what was learnt before it is saved: without a score, and with the metrics that a
+    resumed run has yet to log.
+    """
     seed = derive_seed(run.seed, "evaluation", learner.round)
-    found = play_episodes(config, workers, learner.snapshot(), seed).metrics()
+    try:
+        found = play_episodes(config, workers, learner.snapshot(), seed).metrics()
+    except BaseException:
+        run.save(learner.env_steps, state() | {UNLOGGED: dict(metrics)})
+        raise
     run.log(learner.env_steps, found | dict(metrics), config.steps)
     run.save(learner.env_steps, state(), score=found["eval/return_mean"])
     run.summarize(found)
+
+
+def catch_up(
+    config: ControlConfig,
+    run: "Run",
+    workers: "ActorGroup",
+    learner: Learner,
+    restored: "Mapping[str, Any]",
+    state: "Callable[[], dict[str, Any]]",
+) -> None:
+    """Make up for the evaluation that failed after the checkpoint `restored`, if one did."""
+    if UNLOGGED in restored:
+        evaluate_and_save(config, run, workers, learner, restored[UNLOGGED], state)
 
 
 def evaluate(config: ControlConfig, run: "Run", learner: Learner) -> None:
@@ -95,7 +120,8 @@ def evaluate(config: ControlConfig, run: "Run", learner: Learner) -> None:
     run.record(run.started_from, "evaluation", rows)
     for number in range(config.videos):
         seed = derive_seed(run.seed, "video", number)
-        film = workers.call(0, "film", snapshot, seed, timeout_s=config.worker_timeout_s).result()
+        call = (snapshot, seed, config.worker_timeout_s / SLICES)
+        (film,) = call_each(workers, "film", [call], config.worker_timeout_s)
         (run.directory / "rollouts" / f"{run.started_from}-{number}.gif").write_bytes(film)
     run.log(run.started_from, metrics)
     run.summarize(metrics)

@@ -27,7 +27,7 @@ import torch
 
 from agents import evaluation
 from agents.clock import Clock
-from agents.evaluation import evaluate_and_save
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.moments import Moments
 from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.pipeline import Pipeline
@@ -74,6 +74,7 @@ def train(config: OffPACConfig, run: "Run") -> None:
     state = run.restore()
     if state is not None:
         learner.load_state(state)
+        catch_up(config, run, workers, learner, state, learner.state)
     pipeline = Pipeline(workers, "collect", config.worker_timeout_s, in_order=False)
     clock = Clock(learner, workers, "env_steps")
     while learner.env_steps < config.steps:

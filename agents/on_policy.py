@@ -22,10 +22,11 @@ from torch.optim import Optimizer
 from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
 from agents.clock import Clock
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_and_save
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.moments import CLIP, Moments, Normalizer
+from agents.pipeline import call_each
 from agents.returns import gae
-from agents.rollout import Fragment, RolloutConfig, RolloutWorker, Snapshot, call_each, join
+from agents.rollout import Fragment, RolloutConfig, RolloutWorker, Snapshot, join
 from envs.control.spaces import ControlSpaces, DiscreteActions
 from envs.control.vector_env import control_spaces
 from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
@@ -74,6 +75,7 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     state = run.restore()
     if state is not None:
         learner.load_state(state)
+        catch_up(config, run, workers, learner, state, learner.state)
     clock = Clock(learner, workers, "env_steps")
     restart = True
     while learner.env_steps < config.steps:

@@ -1,14 +1,47 @@
-"""Calls of the workers that are under way while the learner learns."""
+"""Calls of the workers: all at once, or under way while the learner learns. What a dead worker lost is asked again."""
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agents.rollout import ATTEMPTS
+from models.errors import UserError
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup
+
+ATTEMPTS = 5  # at one call, each on a worker that was started anew
+
+
+def call_each(workers: "ActorGroup", method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Any]:
+    """Call worker i with arguments[i], all at once; return the results in the workers' order.
+
+    A call whose worker died is repeated on the worker that replaced it, and one that returned None, since it has more
+    to do, on the same worker. Raises UserError after ATTEMPTS deaths.
+    """
+    waiting: deque[tuple[int, int, Future[Any]]] = deque(
+        (i, 1, workers.call(i, method, *given, timeout_s=timeout_s)) for i, given in enumerate(arguments)
+    )
+    results: list[Any] = [None] * len(arguments)
+    while waiting:
+        i, attempt, future = waiting.popleft()
+        try:
+            results[i] = future.result()
+        except ConnectionError as error:
+            if attempt == ATTEMPTS:
+                raise given_up(method, timeout_s, error) from error
+            attempt += 1
+        if results[i] is None:
+            waiting.append((i, attempt, workers.call(i, method, *arguments[i], timeout_s=timeout_s)))
+    return results
+
+
+def given_up(method: str, timeout_s: float, error: ConnectionError) -> UserError:
+    return UserError(
+        f"{ATTEMPTS} workers died one after another of the same {method}(): {' '.join(str(error).split())[:300]}; mend "
+        f"the environment, or allow a slow one more than --worker-timeout-s {timeout_s:g}"
+    )
 
 
 @dataclass(eq=False)
@@ -40,7 +73,7 @@ class Pipeline:
     def next(self) -> tuple[int, Any]:
         """Wait for a call; return its worker and its result.
 
-        Raises what the worker raised, and ConnectionError when ATTEMPTS workers died of the same call.
+        Raises what the worker raised, and UserError when ATTEMPTS workers died of the same call.
         """
         while True:
             if not self.in_order:
@@ -48,9 +81,9 @@ class Pipeline:
             call = self.calls[0] if self.in_order else next(c for c in self.calls if c.future.done())
             try:
                 result = call.future.result()
-            except ConnectionError:
+            except ConnectionError as error:
                 if call.attempt == ATTEMPTS:
-                    raise
+                    raise given_up(self.method, self.timeout_s, error) from error
                 call.attempt += 1
                 call.future = self._send(call.worker, call.arguments)
                 continue

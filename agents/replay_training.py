@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
 from agents.clock import Clock
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_and_save
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.experience import Experience, ExperienceWorker
 from agents.graphed_step import GraphedStep
 from agents.noise import OrnsteinUhlenbeck
@@ -86,14 +86,15 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
     """Metrics are logged by environment steps; `eval/...` in summary.json are those of the last policy."""
     files = ReplayFiles(run.directory / "replay")
     workers = learner.start_workers(run)
-    state = run.restore()
-    if state is not None:
-        learner.load_state(state)
-        files.restore(learner.replay, state["replay"])
 
     def everything() -> dict[str, Any]:
         return learner.state() | {"replay": files.save(learner.replay)}
 
+    state = run.restore()
+    if state is not None:
+        learner.load_state(state)
+        files.restore(learner.replay, state["replay"])
+        catch_up(config, run, workers, learner, state, everything)
     pipeline = Pipeline(workers, "experience", config.worker_timeout_s, in_order=True)
     clock = Clock(learner, workers, "env_steps", "gradient_steps")
     while learner.env_steps < config.steps:

@@ -6,12 +6,11 @@ pass is numpy: on networks this small torch takes several times as long.
 Shapes: T steps, N environments, D numbers an observation, A numbers an action, K numbers the policy's network gives.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +21,8 @@ from envs.control.vector_env import ControlEnv
 from models.control.numpy_policies import NumpyPolicy
 from models.seeding import derive_seed
 
-if TYPE_CHECKING:
-    from launch.run import ActorGroup
-
 EVALUATION_ENVS = 64  # at most, in one vector environment
 NOISE_STEPS = 64  # for which an evaluation draws noise at once
-ATTEMPTS = 5  # at one call, each on a worker that was started anew
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,7 @@ class RolloutWorker:
         self.done = np.zeros(config.num_envs, bool)
         self.returns = np.zeros(config.num_envs, np.float32)
         self.discounted = np.zeros(config.num_envs, np.float32)
+        self.under_way: Iterator[Any] | None = None  # an evaluation or a film, from one call to the next
 
     def collect(self, snapshot: Snapshot, steps: int, round: int, restart: bool) -> Fragment:
         """Play `steps` steps of each environment, going on where the last call stopped.
@@ -173,27 +169,47 @@ class RolloutWorker:
             self.discounted[done[t]] = 0
         return Moments.of(sums[valid][:, None])
 
-    def evaluate(self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(
+        self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool, slice_s: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns and lengths (episodes,) of the policy, greedy or sampled, on environments of their own.
 
         Each environment plays a number of episodes that is fixed beforehand: the first `episodes` to end would be too
         many short ones. The normaliser is that of the snapshot throughout.
+
+        After `slice_s` seconds it returns None, and the same call again goes on: a time limit on a call then asks
+        whether the worker lives, and not how long its episodes are. The results do not depend on it.
         """
+        return self._go_on(self._evaluation(snapshot, episodes, seed, greedy, slice_s))
+
+    def _evaluation(
+        self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool, slice_s: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
         if episodes == 0:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
+            yield np.empty(0, np.float32), np.empty(0, np.int64)
+            return
         env = ControlEnv(self.config.env, n := min(episodes, EVALUATION_ENVS))
         try:
             left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-            played = play(env, self.config, snapshot, left, derive_seed(seed, "evaluation", self.index), greedy)
+            seed = derive_seed(seed, "evaluation", self.index)
+            played = yield from play(env, self.config, snapshot, left, seed, greedy, slice_s)
         finally:
             env.close()
-        return np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
+        yield np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
 
-    def film(self, snapshot: Snapshot, seed: int) -> bytes:
-        """One greedy episode as an animated GIF."""
+    def film(self, snapshot: Snapshot, seed: int, slice_s: float) -> bytes | None:
+        """One greedy episode as an animated GIF. None after `slice_s` seconds, as `evaluate`."""
         from agents.video import film_episode
 
-        return film_episode(self.config, snapshot, seed)
+        return self._go_on(film_episode(self.config, snapshot, seed, slice_s))
+
+    def _go_on(self, afresh: Iterator[Any]) -> Any:
+        """With what is under way, or else `afresh`. Whatever that raises ends it."""
+        going, self.under_way = self.under_way or afresh, None
+        found = next(going)
+        if found is None:
+            self.under_way = going
+        return found
 
     def _seed(self, purpose: str, round: int) -> int:
         return derive_seed(self.config.seed, purpose, self.index, round)
@@ -203,37 +219,51 @@ class RolloutWorker:
 
 
 def play(
-    env: ControlEnv, config: RolloutConfig, snapshot: Snapshot, episodes: np.ndarray, seed: int, greedy: bool
-) -> list[tuple[float, int]]:
-    """Play episodes[i] episodes of environment i. Returns (return, length) of each, in the order they ended."""
+    env: ControlEnv,
+    config: RolloutConfig,
+    snapshot: Snapshot,
+    episodes: np.ndarray,
+    seed: int,
+    greedy: bool,
+    slice_s: float,
+) -> Generator[None, None, list[tuple[float, int]]]:
+    """Play episodes[i] episodes of environment i. Returns (return, length) of each, in the order they ended, and stops
+    on the way whenever it has played for `slice_s` seconds."""
     policy, normalizer = config.policy(snapshot.weights), snapshot.normalizer
     to_env, rng = env_actions(env, policy), np.random.default_rng(seed)
     left, played = episodes.copy(), []
     running, length = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
     done = np.zeros(env.num_envs, bool)
-    with StepLimit(config.env, config.step_timeout_s) as limit:
+    limit, t = StepLimit(config.env, config.step_timeout_s), 0
+    with limit:
         observations = env.reset(seed)
-        t = 0
-        while left.any():
-            outputs = policy(observations if normalizer is None else normalizer(observations))
-            if greedy:
-                actions = policy.greedy(outputs)
-            else:
-                if t % NOISE_STEPS == 0:
-                    noise = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
-                actions = policy.act(outputs, noise[t % NOISE_STEPS])
-            t += 1
-            length += ~done
-            limit.begin()
-            observations, rewards, terminated, truncated = env.step(to_env(actions))
-            env.check(observations, rewards)
-            running += rewards
-            done = terminated | truncated
-            if done.any():
-                counted = done & (left > 0)
-                played += list(zip(running[counted].tolist(), length[counted].tolist()))
-                left -= counted
-                running[done], length[done] = 0, 0
+    while left.any():
+        until = time.monotonic() + slice_s
+        with limit:
+            while left.any():
+                outputs = policy(observations if normalizer is None else normalizer(observations))
+                if greedy:
+                    actions = policy.greedy(outputs)
+                else:
+                    if t % NOISE_STEPS == 0:
+                        noise = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
+                    actions = policy.act(outputs, noise[t % NOISE_STEPS])
+                t += 1
+                length += ~done
+                limit.begin()
+                observations, rewards, terminated, truncated = env.step(to_env(actions))
+                env.check(observations, rewards)
+                running += rewards
+                done = terminated | truncated
+                if done.any():
+                    counted = done & (left > 0)
+                    played += list(zip(running[counted].tolist(), length[counted].tolist()))
+                    left -= counted
+                    running[done], length[done] = 0, 0
+                if time.monotonic() > until:
+                    break
+        if left.any():
+            yield  # with no alarm set: who knows when it goes on
     return played
 
 
@@ -244,23 +274,3 @@ def env_actions(env: ControlEnv, policy: NumpyPolicy) -> Callable[[np.ndarray], 
         assert isinstance(space, BoxActions)
         return lambda actions: space.to_env(space.from_unit(actions))
     return space.to_env
-
-
-def call_each(workers: "ActorGroup", method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Any]:
-    """Call worker i with arguments[i], all at once; return the results in the workers' order.
-
-    A call whose worker died is repeated on the worker that replaced it. Raises ConnectionError after ATTEMPTS deaths.
-    """
-    waiting: deque[tuple[int, int, Future[Any]]] = deque(
-        (i, 1, workers.call(i, method, *arguments[i], timeout_s=timeout_s)) for i in range(len(workers))
-    )
-    results: list[Any] = [None] * len(workers)
-    while waiting:
-        i, attempt, future = waiting.popleft()
-        try:
-            results[i] = future.result()
-        except ConnectionError:
-            if attempt == ATTEMPTS:
-                raise
-            waiting.append((i, attempt + 1, workers.call(i, method, *arguments[i], timeout_s=timeout_s)))
-    return results

@@ -100,8 +100,8 @@ def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None
     np.testing.assert_allclose(snapshot.normalizer.mean, fragment.observations[:-1][fragment.valid].mean(0), atol=1e-6)
     before = learner.state()
     worker = RolloutWorker(RolloutConfig(REACHING, 4, learner.policy.numpy_policy, 0, 0.99, 60))
-    first, _ = worker.evaluate(snapshot, 20, 0, greedy=True)
-    np.testing.assert_array_equal(first, worker.evaluate(snapshot, 20, 0, greedy=True)[0])
+    first, _ = worker.evaluate(snapshot, 20, 0, greedy=True, slice_s=60)
+    np.testing.assert_array_equal(first, worker.evaluate(snapshot, 20, 0, greedy=True, slice_s=60)[0])
     assert_equal(learner.state(), before)
 
 

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from agents.pipeline import Pipeline
-from agents.rollout import ATTEMPTS
+from agents.pipeline import ATTEMPTS, Pipeline, call_each
+from models.errors import UserError
 
 
 class Group:
@@ -83,7 +83,9 @@ def test_a_call_that_kills_every_worker_ends_the_run() -> None:
 
     group.call = die  # type: ignore[method-assign]
     group.die(0)
-    with pytest.raises(ConnectionError, match="killed"):
+    with pytest.raises(
+        UserError, match=r"died one after another of the same collect\(\): killed; .*--worker-timeout-s 3"
+    ):
         calls.next()
     assert len(group.calls) == 3 + ATTEMPTS - 1
 
@@ -93,3 +95,65 @@ def test_an_error_of_the_worker_is_passed_on() -> None:
     group.calls[0][2].set_exception(ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):
         calls.next()
+
+
+class DyingGroup:
+    """Worker 1 dies at its first `deaths` calls."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths = deaths
+        self.calls: list[int] = []
+
+    def __len__(self) -> int:
+        return 3
+
+    def call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> "Future[Any]":
+        self.calls.append(index)
+        future: Future[Any] = Future()
+        if index == 1 and self.calls.count(1) <= self.deaths:
+            future.set_exception(ConnectionError("rollout-1 died"))
+        else:
+            future.set_result((method, index, *args))
+        return future
+
+
+def test_a_lost_call_is_made_again_and_results_keep_their_order() -> None:
+    group: Any = DyingGroup(deaths=2)
+    results = call_each(group, "collect", [("a",), ("b",), ("c",)], timeout_s=1)
+    assert results == [("collect", 0, "a"), ("collect", 1, "b"), ("collect", 2, "c")]
+    assert group.calls == [0, 1, 2, 1, 1]
+
+
+def test_a_worker_that_dies_every_time_is_given_up() -> None:
+    group: Any = DyingGroup(deaths=100)
+    with pytest.raises(UserError, match=r"same collect\(\): rollout-1 died; .* --worker-timeout-s 1$"):
+        call_each(group, "collect", [()] * 3, timeout_s=1)
+    assert group.calls.count(1) == ATTEMPTS
+
+
+def test_what_is_not_done_yet_is_called_again_and_deaths_are_counted_over_all_of_it() -> None:
+    """Worker 1 stops twice on the way, and dies at each third call: its replacement begins anew, and ends like it."""
+
+    class Group(DyingGroup):
+        def call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> "Future[Any]":
+            self.calls.append(index)
+            future: Future[Any] = Future()
+            if index == 1 and self.calls.count(1) % 3 == 0 and self.calls.count(1) <= 3 * self.deaths:
+                future.set_exception(ConnectionError("rollout-1 died"))
+            else:
+                future.set_result(None if index == 1 and self.calls.count(1) <= 3 * self.deaths else index)
+            return future
+
+    group: Any = Group(deaths=2)
+    assert call_each(group, "evaluate", [()] * 3, timeout_s=1) == [0, 1, 2]
+    assert group.calls.count(1) == 7
+    group = Group(deaths=100)
+    with pytest.raises(UserError, match="rollout-1 died"):
+        call_each(group, "evaluate", [()] * 3, timeout_s=1)
+    assert group.calls.count(1) == 3 * ATTEMPTS
+
+
+def test_fewer_arguments_than_workers_call_the_first_ones() -> None:
+    group: Any = DyingGroup(deaths=0)
+    assert call_each(group, "film", [("a",)], timeout_s=1) == [("film", 0, "a")]
+    assert group.calls == [0]
