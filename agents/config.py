@@ -35,6 +35,8 @@ class ControlConfig:
     """Names of settings that may be 0; any other number must be positive."""
     at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma", "gae_lambda"})
     any_number: ClassVar[frozenset[str]] = frozenset()
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation",)
+    """Names of settings that say, beside the weights and their shapes, what the policy does."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

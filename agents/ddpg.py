@@ -15,7 +15,7 @@ decay.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class DDPGConfig(ReplayConfig):
     noise_std: float = 0.1
     ou_theta: float = 0.15
     """How fast the Ornstein-Uhlenbeck process returns to 0, a second; a step is 0.01 s."""
+
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "noise", "noise_std", "ou_theta")
 
 
 def train(config: DDPGConfig, run: "Run") -> None:

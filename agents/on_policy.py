@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
+from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
 from agents.clock import Clock
 from agents.config import ControlConfig
 from agents.evaluation import catch_up, evaluate_and_save
@@ -57,6 +57,7 @@ class OnPolicyConfig(ControlConfig):
 
     may_be_zero: ClassVar[frozenset[str]] = frozenset({"sde_steps"})
     any_number: ClassVar[frozenset[str]] = frozenset({"log_std_init"})
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "normalize_observations", "sde_steps")
 
     @property
     def steps_per_call(self) -> int:
@@ -165,7 +166,7 @@ class Learner(ABC):
 
     def state(self) -> dict[str, Any]:
         return {
-            "env": self.config.env,
+            **policy_state(self.config),
             "env_steps": self.env_steps,
             "round": self.round,
             "returns": list(self.returns),
@@ -175,8 +176,8 @@ class Learner(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a checkpoint of another environment or other networks."""
-        refuse_other_environment(state, self.config.env)
+        """Raises UserError for a checkpoint of another environment, policy or other networks."""
+        refuse_other_policy(state, self.config)
         load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.observation_moments = Moments.from_state(state["observation_moments"])
         self.return_moments = Moments.from_state(state["return_moments"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
+from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
 from agents.clock import Clock
 from agents.config import ControlConfig
 from agents.evaluation import catch_up, evaluate_and_save
@@ -221,7 +221,7 @@ class Learner(ABC):
 
     def state(self) -> dict[str, Any]:
         return {
-            "env": self.config.env,
+            **policy_state(self.config),
             "env_steps": self.env_steps,
             "gradient_steps": self.gradient_steps,
             "round": self.round,
@@ -230,8 +230,9 @@ class Learner(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Everything but the replay buffer. Raises UserError for a checkpoint of another environment or network."""
-        refuse_other_environment(state, self.config.env)
+        """Everything but the replay buffer. Raises UserError for a checkpoint of another environment, policy or
+        network."""
+        refuse_other_policy(state, self.config)
         load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.env_steps, self.gradient_steps, self.round = (state[k] for k in ("env_steps", "gradient_steps", "round"))
         self.returns.extend(state["returns"])

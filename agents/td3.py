@@ -11,7 +11,7 @@ As in agents/ddpg.py both gradients are taken at the weights before the step.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class TD3Config(ReplayConfig):
     """Critic steps to one step of the actor and of the target networks."""
     target_noise: float = 0.2
     target_noise_clip: float = 0.5
+
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "noise_std")
 
 
 def train(config: TD3Config, run: "Run") -> None:

@@ -164,6 +164,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     [
         ({"env": "Acrobot-v1"}, "checkpoint is of CartPole-v1, not of Acrobot-v1"),
         ({"hidden": (32,)}, "not that of --hidden"),
+        ({"activation": "relu"}, "policy has activation = tanh, not relu: leave out --activation"),
+        ({"normalize_observations": True}, "has normalize_observations = False, not True: leave out --normalize-obs"),
     ],
 )
 def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) -> None:
@@ -171,6 +173,21 @@ def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         A2C(short("a2c", **change), 0).load_state(state)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_how_long_noise_is_held_is_the_policy_s() -> None:
+    config = short("a2c", env="Pendulum-v1", sde_steps=4)
+    state = A2C(config, 0).state()
+    A2C(config, 0).load_state(state)
+    with pytest.raises(UserError, match="has sde_steps = 4, not 8: leave out --sde-steps"):
+        A2C(replace(config, sde_steps=8), 0).load_state(state)
+
+
+def test_a_checkpoint_of_before_its_settings_were_kept() -> None:
+    learner = A2C(short("a2c"), 0)
+    state = learner.state()
+    del state["settings"]
+    A2C(short("a2c", activation="relu"), 0).load_state(state)
 
 
 @pytest.mark.parametrize(

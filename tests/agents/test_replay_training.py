@@ -109,6 +109,9 @@ def test_a_checkpoint_of_something_else() -> None:
         DDPG(replace(SHORT["ddpg"], env="MountainCarContinuous-v0"), 0).load_state(state)
     with pytest.raises(UserError, match="not that of --hidden"):
         DDPG(replace(SHORT["ddpg"], hidden=(16,)), 0).load_state(state)
+    for change in ({"activation": "tanh"}, {"noise": "gaussian"}, {"noise_std": 0.2}, {"ou_theta": 1.0}):
+        with pytest.raises(UserError, match=f"policy has {next(iter(change))} = .*: leave out --"):
+            DDPG(replace(SHORT["ddpg"], **change), 0).load_state(state)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
