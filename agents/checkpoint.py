@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from agents.config import ControlConfig
 from models.errors import UserError
@@ -34,10 +35,14 @@ def load_networks(state: Mapping[str, Any], networks: Networks, optimizers: Opti
         optimizer.load_state_dict(state["optimizers"][name])
 
 
-def refuse_infinite(metrics: Mapping[str, float], env_steps: int) -> None:
-    """Raises UserError if a loss is not finite."""
-    if not np.isfinite(list(metrics.values())).all():
-        raise UserError(f"the loss is not finite at step {env_steps}: the last checkpoint is good; try a lower --lr")
+def refuse_infinite(metrics: Mapping[str, float], networks: Networks, env_steps: int) -> None:
+    """Raises UserError if a loss is not finite, or a weight: a loss is of the weights before the step."""
+    weights = [parameter.detach() for network in networks.values() for parameter in network.parameters()]
+    largest = get_total_norm(weights, torch.inf)  # NaN if any is
+    if not (np.isfinite(list(metrics.values())).all() and largest.isfinite()):
+        raise UserError(
+            f"the loss or the weights are not finite at step {env_steps}, and were not saved: try a lower --lr"
+        )
 
 
 def policy_state(config: ControlConfig) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Learner(ABC):
         return Snapshot(self.round, self.policy.flat_weights(), normalizer)
 
     def learn(self, fragment: Fragment) -> dict[str, float]:
-        """Raises UserError if what `update` returns is not finite."""
+        """Raises UserError if what `update` returns, or a weight after it, is not finite."""
         self.returns.extend(fragment.episode_returns.tolist())
         self.return_moments = self.return_moments.merged(fragment.return_moments)
         if self.config.normalize_observations:
@@ -152,7 +152,7 @@ class Learner(ABC):
         metrics = self.update(fragment) if fragment.valid.any() else {}
         self.env_steps += int(fragment.valid.sum())
         self.round += 1
-        refuse_infinite(metrics, self.env_steps)
+        refuse_infinite(metrics, self.networks, self.env_steps)
         return ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {}) | metrics
 
     def rate(self, initial: float) -> float:

@@ -3,7 +3,7 @@
     maximise E[ min(r·A, clip(r, 1 - ε, 1 + ε)·A) ] + ent_coef · entropy,   r = π_θ(a|s) / π_old(a|s)
 
 over `epochs` passes of minibatches through one fragment; the critic is fitted to the λ-returns on the same minibatches.
-An epoch that begins farther than `max_kl` from the policy that played is not begun.
+After an epoch that ends farther than `max_kl` from the policy that played there is no other.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ class PPO(Learner):
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, config)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", self.round))
-        epochs = 0
-        while epochs < config.epochs and (kl := self._kl(steps)) <= config.max_kl:
+        epochs, kl = 0, 0.0
+        while epochs < config.epochs and kl <= config.max_kl:
             for chosen in torch.randperm(len(steps.actions), generator=generator).split(config.minibatch):
                 pi = self.policy(steps.observations[chosen])
                 log_ratios = pi.log_prob(steps.actions[chosen]) - steps.log_probs[chosen]
@@ -84,7 +84,7 @@ class PPO(Learner):
                 value_loss = (self.critic(steps.observations[chosen]) - steps.targets[chosen]).square().mean()
                 loss = -objective - config.ent_coef * entropy + value_loss  # the networks share nothing
                 descend(self.optimizers["adam"], loss, config.max_grad_norm)
-            epochs += 1
+            epochs, kl = epochs + 1, self._kl(steps)
         return {
             "train/policy_loss": -objective.item(),
             "train/value_loss": value_loss.item(),

@@ -182,7 +182,8 @@ class Learner(ABC):
         self.lag = 0 if played_by is None else self.gradient_steps - played_by
 
     def learn(self) -> dict[str, float]:
-        """The gradient steps that the environment steps so far allow. Raises UserError if a loss is not finite."""
+        """The gradient steps that the environment steps so far allow. Raises UserError if a loss or a weight is not
+        finite."""
         config = self.config
         due = int(config.updates_per_step * (self.env_steps - config.learning_starts)) - self.gradient_steps
         remaining = max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1
@@ -197,7 +198,7 @@ class Learner(ABC):
                 for name, value in self._step(positions_B, noise_KBA).items():
                     figures.setdefault(name, []).append(value)
         metrics = {f"train/{name}": torch.stack(values).mean().item() for name, values in figures.items()}
-        refuse_infinite(metrics, self.env_steps)
+        refuse_infinite(metrics, self.networks, self.env_steps)
         metrics |= {"train/gradient_steps": self.gradient_steps, "train/policy_lag": self.lag}
         return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
 

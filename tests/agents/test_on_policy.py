@@ -160,6 +160,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("job", "settings"),
+    [
+        ("a2c", {"segments": 1}),
+        ("ppo", {"epochs": 1, "minibatch": 100_000}),
+        ("ppo", {"epochs": 3}),
+        ("qac", {"n_steps": 1}),
+        ("offpac", {"replays": 0}),
+    ],
+)
+def test_weights_that_are_not_finite_are_neither_saved_nor_played(
+    tmp_path: Path, job: str, settings: dict[str, Any]
+) -> None:
+    """A single step with such a rate ends there, from a loss that was finite."""
+    with pytest.raises(UserError, match=r"weights are not finite at step \d+, and were not saved: try a lower --lr"):
+        train(job, short(job, **{"lr": 1e38, "max_grad_norm": 1e9, "eval_every": 50} | settings), tmp_path, "run")
+    assert not any((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"env": "Acrobot-v1"}, "checkpoint is of CartPole-v1, not of Acrobot-v1"),

@@ -119,6 +119,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         train("ddpg", replace(SHORT["ddpg"], lr=1e30), tmp_path, "run")
 
 
+def test_weights_that_are_not_finite_stop_the_run_before_they_are_played(tmp_path: Path) -> None:
+    """Of one gradient step to a fragment, whose losses are those before it."""
+    once = replace(SHORT["ddpg"], learning_starts=31, lr=1e38, updates_per_step=1 / 31, eval_every=1200)
+    with pytest.raises(UserError, match="weights are not finite at step 64"):
+        train("ddpg", once, tmp_path, "run")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
