@@ -14,8 +14,10 @@ correction   vtrace   v_s of agents/vtrace.py, ratios cut off at `rho_bar` and `
              plain    ratios as they are, products of them over the fragment (per-decision importance sampling): no
                       bias in v_s, and a variance that grows with the distance between π and μ
 
-How far behind a fragment is: `train/policy_lag`, in updates. It is bounded by the calls in line, `workers x
-calls_ahead` fragments, and by `kept_fragments` for those learnt from again.
+How far behind a fragment is: `train/policy_lag`, in new fragments learnt from since its call was issued, of which each
+makes 1 + `replays` gradient steps. It is less than twice the calls in line, `workers x calls_ahead`: so many are
+issued before it, and so many issued later may overtake it (`Pipeline`). Those learnt from again are up to
+`kept_fragments` older.
 """
 
 from collections import deque
@@ -75,7 +77,7 @@ def train(config: OffPACConfig, run: "Run") -> None:
     if state is not None:
         learner.load_state(state)
         catch_up(config, run, workers, learner, state, learner.state)
-    pipeline = Pipeline(workers, "collect", config.worker_timeout_s, in_order=False)
+    pipeline = Pipeline(workers, "collect", config.worker_timeout_s, ahead=len(workers) * config.calls_ahead)
     clock = Clock(learner, workers, "env_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)

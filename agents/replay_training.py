@@ -95,7 +95,7 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
         learner.load_state(state)
         files.restore(learner.replay, state["replay"])
         catch_up(config, run, workers, learner, state, everything)
-    pipeline = Pipeline(workers, "experience", config.worker_timeout_s, in_order=True)
+    pipeline = Pipeline(workers, "experience", config.worker_timeout_s, ahead=0)
     clock = Clock(learner, workers, "env_steps", "gradient_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
