@@ -4,6 +4,8 @@
     learner   takes whatever fragment is ready ──▶ one update from it, `replays` updates from older ones
                 └──▶ to its worker: the next call, with the newest weights
 
+Fragments are kept as the environment gave them and normalised, if asked for, by the statistics of the update.
+
 What a fragment was played by (μ, some updates ago) is not what learns from it (π), so its steps count by
 ρ = π(a|s) / μ(a|s), with the log-probabilities that the worker kept:
 
@@ -113,20 +115,25 @@ class OffPAC(Learner):
         self.networks = {"policy": policy, "critic": self.critic}
         self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.critic_lr))}
         self.calls = 0  # of the workers so far
-        self.kept: deque[Fragment] = deque(maxlen=config.kept_fragments)
+        self.kept: deque[Fragment] = deque(maxlen=config.kept_fragments)  # as they came, not normalised
 
     def next_call(self, restart: bool) -> tuple[Snapshot, int, int, bool]:
         """The arguments of `RolloutWorker.collect`."""
         self.calls += 1
         return self.snapshot(), self.config.n_steps, self.calls, restart
 
+    def learn(self, fragment: Fragment) -> dict[str, float]:
+        metrics = super().learn(fragment)
+        if fragment.valid.any():
+            self.kept.append(fragment)
+        return metrics
+
     def update(self, fragment: Fragment) -> dict[str, float]:
         metrics = self.update_on(fragment) | {"train/policy_lag": float(self.round - fragment.versions.mean())}
         rng = np.random.default_rng(derive_seed(self.seed, "replays", self.round))
         for older in rng.integers(len(self.kept), size=self.config.replays) if self.kept else ():
-            again = self.update_on(self.kept[older])
+            again = self.update_on(self.normalized(self.kept[older]))
             metrics["train/replay_rho_cut"] = again["train/rho_cut"]
-        self.kept.append(fragment)
         return metrics
 
     def update_on(self, fragment: Fragment) -> dict[str, float]:
@@ -160,10 +167,12 @@ class OffPAC(Learner):
     def state(self) -> dict[str, Any]:
         arrays = [f.name for f in fields(Fragment) if not f.name.endswith("_moments")]
         kept = [{name: getattr(fragment, name) for name in arrays} for fragment in self.kept]
-        return super().state() | {"calls": self.calls, "kept": kept}
+        return super().state() | {"calls": self.calls, "kept": kept, "kept_as_played": True}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.calls = state["calls"]
+        if (self.config.normalize_observations or self.config.normalize_rewards) and "kept_as_played" not in state:
+            return  # of an older version, normalised by the statistics of then: they are left behind
         for arrays in state["kept"]:  # their moments were counted when they came
             self.kept.append(Fragment(**arrays, observation_moments=Moments.none(0), return_moments=Moments.none(1)))

@@ -115,7 +115,7 @@ class Learner(ABC):
 
     @abstractmethod
     def update(self, fragment: Fragment) -> dict[str, float]:
-        """Learn from a fragment, whose rewards are normalised. Returns metrics under `train/`."""
+        """Learn from a normalised fragment. Returns metrics under `train/`."""
 
     @property
     def policy(self) -> Policy:
@@ -133,27 +133,35 @@ class Learner(ABC):
         rollout = RolloutConfig(env, envs, policy, run.seed, self.config.gamma, self.config.step_timeout_s)
         return run.actors(RolloutWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
 
+    def normalizer(self) -> Normalizer | None:
+        return Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None
+
     def snapshot(self) -> Snapshot:
-        normalizer = Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None
-        return Snapshot(self.round, self.policy.flat_weights(), normalizer)
+        return Snapshot(self.round, self.policy.flat_weights(), self.normalizer())
 
     def learn(self, fragment: Fragment) -> dict[str, float]:
         """Raises UserError if what `update` returns, or a weight after it, is not finite."""
         self.returns.extend(fragment.episode_returns.tolist())
         self.return_moments = self.return_moments.merged(fragment.return_moments)
-        if self.config.normalize_observations:
-            self.observation_moments = self.observation_moments.merged(fragment.observation_moments)
-        if self.config.normalize_rewards:
-            scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
-            fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(group["initial_lr"])
-        metrics = self.update(fragment) if fragment.valid.any() else {}
+        metrics = self.update(self.normalized(fragment)) if fragment.valid.any() else {}
+        if self.config.normalize_observations:  # afterwards: learnt from is what the policy saw that played
+            self.observation_moments = self.observation_moments.merged(fragment.observation_moments)
         self.env_steps += int(fragment.valid.sum())
         self.round += 1
         refuse_infinite(metrics, self.networks, self.env_steps)
         return ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {}) | metrics
+
+    def normalized(self, fragment: Fragment) -> Fragment:
+        """By the statistics of now, as far as the configuration asks for it."""
+        if (normalizer := self.normalizer()) is not None:
+            fragment = replace(fragment, observations=normalizer(fragment.observations))
+        if self.config.normalize_rewards:
+            scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
+            fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
+        return fragment
 
     def rate(self, initial: float) -> float:
         """A learning rate by the schedule."""

@@ -38,8 +38,8 @@ class Snapshot:
 class Fragment:
     """T steps of N environments. Where `valid` is false the step is an autoreset dummy and counts for nothing.
 
-    observations[t+1] is what step t led to: at the end of an episode its final observation. Observations are as the
-    policy saw them, normalised if it has a normaliser; rewards are the environment's.
+    observations[t+1] is what step t led to: at the end of an episode its final observation. Observations and rewards
+    are the environment's, before any normalisation.
     """
 
     observations: np.ndarray  # (T+1, N, D) float32
@@ -51,7 +51,7 @@ class Fragment:
     valid: np.ndarray  # (T, N) bool
     versions: np.ndarray  # (N,) int64, of the snapshot that played
     episode_returns: np.ndarray  # (E,) float32, of the episodes that ended, in order
-    observation_moments: Moments  # of the valid observations before normalisation; empty if there is no normaliser
+    observation_moments: Moments  # of the valid observations; empty if the policy has no normaliser
     return_moments: Moments  # of the discounted sum of rewards so far, at each valid step
 
     def steps(self, begin: int, end: int) -> "Fragment":
@@ -146,7 +146,7 @@ class RolloutWorker:
         self.observations = observations[steps].copy()
         played = np.stack(actions)
         return Fragment(
-            observations=observations if normalizer is None else normalizer(observations),
+            observations=observations,
             actions=played,
             log_probs=policy.log_probs(np.stack(outputs), played),
             rewards=rewards,

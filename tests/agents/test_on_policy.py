@@ -105,6 +105,17 @@ def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None
     assert_equal(learner.state(), before)
 
 
+def test_what_is_learnt_from_is_what_the_policy_saw() -> None:
+    """Normalised by the statistics from before the fragment, which the snapshot that played it had."""
+    learner, seen = A2C(short("a2c", env=REACHING, normalize_observations=True), 0), []
+    learner.update = lambda fragment: seen.append(fragment) or {}  # type: ignore
+    for _ in range(2):
+        snapshot, fragment = learner.snapshot(), fragment_of(learner, REACHING)
+        learner.learn(fragment)
+        np.testing.assert_array_equal(seen[-1].observations, snapshot.normalizer(fragment.observations))  # type: ignore
+    assert (seen[-1].observations != fragment.observations).any()
+
+
 def test_rewards_are_divided_by_the_spread_of_the_discounted_return() -> None:
     config = short("a2c", env=COUNTING, normalize_rewards=True)
     learner, seen = A2C(config, 0), []

@@ -230,15 +230,15 @@ def test_state_dependent_noise_is_drawn_in_each_call_and_held_within_it() -> Non
     np.testing.assert_array_equal(returns, actor.evaluate(snapshot, 5, seed=0, greedy=False, slice_s=60)[0])
 
 
-def test_observations_are_normalised_by_the_snapshot_and_counted_raw() -> None:
+def test_the_policy_sees_observations_normalised_by_the_snapshot_and_the_fragment_holds_them_raw() -> None:
     (actor, snapshot), (plain, _) = worker(), worker()
     normalizer = Normalizer(np.array([2.0, 1.0], np.float32), np.array([3.0, 0.5], np.float32))
     fragment = actor.collect(replace(snapshot, normalizer=normalizer), 20, 0, True)
-    steps = fragment.observations[:, 0, 0] * 3 + 2
-    np.testing.assert_allclose(steps, ([0, 1, 2, 3, 4, 5] * 4)[:21], atol=1e-5)
+    steps = fragment.observations[:, 0, 0]
+    np.testing.assert_array_equal(steps, ([0, 1, 2, 3, 4, 5] * 4)[:21])
     policy = actor.config.policy(snapshot.weights)
-    log_probs = policy.log_probs(policy(fragment.observations[:-1]), fragment.actions)
-    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)  # the policy saw what the fragment holds
+    log_probs = policy.log_probs(policy(normalizer(fragment.observations[:-1])), fragment.actions)
+    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)
     assert fragment.observation_moments.count == fragment.valid.sum()
     assert fragment.observation_moments.mean[0] == pytest.approx(steps[:-1][fragment.valid[:, 0]].mean())
     assert plain.collect(snapshot, 20, 0, True).observation_moments.count == 0
