@@ -66,7 +66,8 @@ class OffPACConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef", "replays"}
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef", "gae_lambda", "replays"}
+    at_most_one: ClassVar[frozenset[str]] = OnPolicyConfig.at_most_one | {"gae_lambda"}
 
 
 def train(config: OffPACConfig, run: "Run") -> None:

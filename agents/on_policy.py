@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 class OnPolicyConfig(ControlConfig):
     n_steps: int = 8
     """Steps of each environment to one update."""
-    gae_lambda: float = 0.95
-    """1 is the n-step return."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """linear: learning rates fall to 0 over the run."""
     normalize_observations: bool = False
@@ -55,7 +53,7 @@ class OnPolicyConfig(ControlConfig):
     """Continuous actions explore by generalised state-dependent noise (gSDE), drawn anew every so many steps and with
     each call of the workers; `log_std_init` is then that of the noise's weights. 0: independent noise at each step."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"sde_steps"})
+    may_be_zero: ClassVar[frozenset[str]] = ControlConfig.may_be_zero | {"sde_steps"}
     any_number: ClassVar[frozenset[str]] = frozenset({"log_std_init"})
     of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "normalize_observations", "sde_steps")
 
@@ -63,6 +61,17 @@ class OnPolicyConfig(ControlConfig):
     def steps_per_call(self) -> int:
         """Steps of each environment to one call of the workers."""
         return self.n_steps
+
+
+@dataclass(frozen=True)
+class AdvantageConfig(OnPolicyConfig):
+    """Of the algorithms whose advantages `batch` estimates."""
+
+    gae_lambda: float = 0.95
+    """1 is the n-step return, 0 one-step temporal differences."""
+
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"gae_lambda"}
+    at_most_one: ClassVar[frozenset[str]] = OnPolicyConfig.at_most_one | {"gae_lambda"}
 
 
 def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
@@ -204,6 +213,11 @@ def initial_weights(seed: int) -> Iterator[None]:
 def make_policy(config: OnPolicyConfig, spaces: ControlSpaces) -> Policy:
     sizes = config.hidden, config.activation
     if isinstance(spaces.actions, DiscreteActions):
+        if config.sde_steps:
+            raise UserError(
+                f"--sde-steps {config.sde_steps} is for continuous actions, and those of {config.env} are discrete: "
+                "leave it out"
+            )
         return CategoricalPolicy(spaces.observation_size, spaces.actions.count, *sizes)
     if config.sde_steps:
         noise = config.log_std_init, config.sde_steps
@@ -222,7 +236,7 @@ class Batch:
     targets: Tensor  # (B,), of the critic: the λ-returns
 
 
-def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig, normalize: bool = True) -> Batch:
+def batch(fragment: Fragment, values_TN: np.ndarray, config: AdvantageConfig, normalize: bool = True) -> Batch:
     """values_TN: (T+1, N), the critic's of all the fragment's observations."""
     flags = fragment.terminated, fragment.truncated
     advantages = gae(fragment.rewards, values_TN, *flags, config.gamma, config.gae_lambda)

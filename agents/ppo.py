@@ -14,8 +14,8 @@ from torch import Tensor
 
 from agents import evaluation, on_policy
 from agents.on_policy import (
+    AdvantageConfig,
     Learner,
-    OnPolicyConfig,
     adam,
     batch,
     descend,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(AdvantageConfig):
     n_steps: int = 64
     lr: float = 1e-3
     """Learning rate of actor and critic (Adam)."""
@@ -46,7 +46,7 @@ class PPOConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef"}
+    may_be_zero: ClassVar[frozenset[str]] = AdvantageConfig.may_be_zero | {"ent_coef"}
 
 
 def train(config: PPOConfig, run: "Run") -> None:

@@ -78,8 +78,16 @@ class ReplayConfig(ControlConfig):
     eval_every: int = 10_000
     log_every: int = 1_000
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"learning_starts", "noise_std", "target_noise"})
-    at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma", "tau"})
+    may_be_zero: ClassVar[frozenset[str]] = ControlConfig.may_be_zero | {"learning_starts", "noise_std", "target_noise"}
+    at_most_one: ClassVar[frozenset[str]] = ControlConfig.at_most_one | {"tau"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_starts >= self.steps:
+            raise UserError(
+                f"--learning-starts is {self.learning_starts}: with --steps {self.steps} nothing would be learnt; "
+                "begin earlier or play longer"
+            )
 
 
 def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:

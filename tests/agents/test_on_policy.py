@@ -229,6 +229,13 @@ def test_a_checkpoint_of_before_its_settings_were_kept() -> None:
         ({"gamma": 1.5}, "--gamma is 1.5: must be at most 1"),
         ({"ent_coef": -0.1}, "--ent-coef is -0.1: must not be negative"),
         ({"hidden": (64, 0)}, "widths must be positive"),
+        ({"lr": float("nan")}, "--lr is nan: must be finite"),
+        ({"lr": float("inf")}, "--lr is inf: must be finite"),
+        ({"gamma": float("nan")}, "--gamma is nan: must be finite"),
+        ({"step_timeout_s": float("inf")}, "--step-timeout-s is inf: must be finite"),
+        ({"log_std_init": float("-inf")}, "--log-std-init is -inf: must be finite"),
+        ({"gae_lambda": 1.5}, "--gae-lambda is 1.5: must be at most 1"),
+        ({"gae_lambda": -0.5}, "--gae-lambda is -0.5: must not be negative"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -238,6 +245,14 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
 
 def test_settings_that_may_be_zero_or_negative() -> None:
     assert short("a2c", ent_coef=0.0, log_std_init=-1.0).ent_coef == 0
+    for job in ("a2c", "trpo", "ppo", "offpac"):
+        assert short(job, gae_lambda=0.0, gamma=0.0).gae_lambda == 0
+
+
+def test_settings_that_would_do_nothing() -> None:
+    with pytest.raises(UserError, match="--sde-steps 4 is for continuous actions, and those of CartPole-v1 are disc"):
+        A2C(short("a2c", sde_steps=4), 0)
+    assert not hasattr(short("qac"), "gae_lambda")
 
 
 def test_an_unknown_environment_starts_nothing(tmp_path: Path) -> None:

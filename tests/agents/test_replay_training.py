@@ -133,6 +133,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_they_are_played(tmp_pat
         ({"batch_size": 0}, "--batch-size is 0: must be positive"),
         ({"noise_std": -0.1}, "--noise-std is -0.1: must not be negative"),
         ({"learning_starts": -1}, "--learning-starts is -1"),
+        ({"learning_starts": 1200}, "--learning-starts is 1200: with --steps 1200 nothing would be learnt"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -141,7 +142,7 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
 
 
 def test_no_noise_and_no_warm_up_are_settings() -> None:
-    replace(SHORT["ddpg"], noise_std=0.0, learning_starts=0)
+    replace(SHORT["ddpg"], noise_std=0.0, learning_starts=0, gamma=0.0)
 
 
 class Unbounded:
