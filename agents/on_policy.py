@@ -232,7 +232,7 @@ class Batch:
     observations: Tensor  # (B, D)
     actions: Tensor  # (B,) or (B, A)
     log_probs: Tensor  # (B,), when they were drawn
-    advantages: Tensor  # (B,), mean 0 and standard deviation 1 unless `batch` was told to leave them
+    advantages: Tensor  # (B,), mean 0 and standard deviation 1 unless `batch` was told to leave them, or B is 1
     targets: Tensor  # (B,), of the critic: the λ-returns
 
 
@@ -243,7 +243,7 @@ def batch(fragment: Fragment, values_TN: np.ndarray, config: AdvantageConfig, no
     targets = advantages + values_TN[:-1]
     valid = fragment.valid
     counted = advantages[valid]
-    if normalize:
+    if normalize and len(counted) > 1:  # a single one would become 0, and its step nothing
         counted = (counted - counted.mean()) / (counted.std() + 1e-8)
     arrays = (fragment.observations[:-1][valid], fragment.actions[valid], fragment.log_probs[valid])
     return Batch(*(torch.from_numpy(array) for array in (*arrays, counted, targets[valid])))
@@ -268,7 +268,8 @@ def fit_critic(
 
 def explained_variance(targets: Tensor, predictions: Tensor) -> float:
     """1: the critic knows the returns; 0: no better than their mean."""
-    return 1 - ((targets - predictions).var() / (targets.var() + 1e-8)).item()
+    unexplained = (targets - predictions).var(correction=0) / (targets.var(correction=0) + 1e-8)
+    return 1 - unexplained.item()
 
 
 def adam(*networks_and_rates: tuple[nn.Module, float]) -> Optimizer:

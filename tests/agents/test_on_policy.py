@@ -12,7 +12,10 @@ import torch
 from agents import on_policy
 from agents.a2c import A2C, A2CConfig
 from agents.on_policy import OnPolicyConfig, batch
+from agents.ppo import PPO
+from agents.qac import QAC
 from agents.rollout import RolloutConfig, RolloutWorker
+from agents.trpo import TRPO
 from launch import jobs
 from models.errors import UserError
 from tests.agents.runs import assert_equal, final_state, metrics, runtime, train, train_until_killed
@@ -20,7 +23,8 @@ from tests.agents.runs import assert_equal, final_state, metrics, runtime, train
 HERE = "tests.envs.control.environments"
 COUNTING, REACHING = f"{HERE}:Counting-v0", f"{HERE}:Reaching"
 SHORT = {"steps": 1800, "workers": 1, "eval_every": 800, "log_every": 400, "eval_episodes": 2, "n_steps": 8}
-JOBS = ["qac", "a2c", "trpo", "ppo"]
+LEARNERS: dict[str, Any] = {"qac": QAC, "a2c": A2C, "trpo": TRPO, "ppo": PPO}
+JOBS = list(LEARNERS)
 
 
 def short(job: str, **changes: Any) -> Any:
@@ -140,6 +144,18 @@ def test_a_batch_holds_the_valid_steps_with_normalised_advantages() -> None:
     # Dummies do not reach into what is left: any reward there changes nothing.
     poisoned = replace(fragment, rewards=np.where(fragment.valid, fragment.rewards, 1e6).astype(np.float32))
     torch.testing.assert_close(batch(poisoned, values, learner.config).targets, steps.targets)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_single_step_is_learnt_from(tmp_path: Path, job: str) -> None:
+    """One environment, one step an update: nothing to compare it with, so its advantage is left as it is."""
+    config = short(job, n_steps=1, envs_per_worker=1, **({"segments": 1, "ent_coef": 0.0} if job == "a2c" else {}))
+    learner = LEARNERS[job](config, 0)
+    fragment = fragment_of(learner, "CartPole-v1", 2)
+    before = learner.policy.flat_weights().copy()
+    found = learner.learn(replace(fragment.steps(0, 1), valid=fragment.valid[:1] & (np.arange(4) == 0)))
+    assert np.isfinite(list(found.values())).all()
+    assert (learner.policy.flat_weights() != before).any()
 
 
 def test_learning_rates_fall_or_stay() -> None:
