@@ -160,8 +160,9 @@ class Learner(ABC):
 
     def start_workers(self, run: "Run") -> "ActorGroup":
         env, envs, policy = self.config.env, self.config.envs_per_worker, self.actor.numpy_policy
-        rollout = RolloutConfig(env, envs, policy, run.seed, self.config.gamma, self.config.step_timeout_s)
-        return run.actors(ExperienceWorker, self.config.workers, {"cpu": 1}, rollout, self.noise, name="rollout")
+        gamma, limit = self.config.gamma, self.config.step_timeout_s
+        rollout = RolloutConfig(env, envs, policy, run.seed, gamma, limit, self.noise)
+        return run.actors(ExperienceWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
 
     def phase(self) -> int:
         """Steps with the same number do the same, each with its own batch and noise."""

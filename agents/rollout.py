@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from agents.moments import Moments, Normalizer
+from agents.noise import OrnsteinUhlenbeck
 from agents.step_limit import StepLimit
 from envs.control.spaces import BoxActions
 from envs.control.vector_env import ControlEnv
@@ -79,7 +80,11 @@ def join(fragments: Sequence[Fragment]) -> Fragment:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What a worker plays, and how. policy: makes the numpy policy of a snapshot's flat weights."""
+    """What a worker plays, and how.
+
+    policy: makes the numpy policy of a snapshot's flat weights. noise: what the policy's noise goes through, from step
+    to step of an episode; None leaves it independent.
+    """
 
     env: str
     num_envs: int
@@ -87,6 +92,7 @@ class RolloutConfig:
     seed: int
     gamma: float  # of `return_moments`
     step_timeout_s: float
+    noise: OrnsteinUhlenbeck | None = None
 
 
 class RolloutWorker:
@@ -234,6 +240,7 @@ def play(
     left, played = episodes.copy(), []
     running, length = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
     done = np.zeros(env.num_envs, bool)
+    pushed = np.zeros((env.num_envs, 1), np.float32)  # the state of config.noise; (N, A) from its first step on
     limit, t = StepLimit(config.env, config.step_timeout_s), 0
     with limit:
         observations = env.reset(seed)
@@ -246,8 +253,11 @@ def play(
                     actions = policy.greedy(outputs)
                 else:
                     if t % NOISE_STEPS == 0:
-                        noise = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
-                    actions = policy.act(outputs, noise[t % NOISE_STEPS])
+                        drawn = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
+                    noise = drawn[t % NOISE_STEPS]
+                    if config.noise is not None:
+                        noise = pushed = config.noise.step(pushed, noise)
+                    actions = policy.act(outputs, noise)
                 t += 1
                 length += ~done
                 limit.begin()
@@ -260,6 +270,7 @@ def play(
                     played += list(zip(running[counted].tolist(), length[counted].tolist()))
                     left -= counted
                     running[done], length[done] = 0, 0
+                    pushed[done] = 0  # noise, too, begins anew with each episode
                 if time.monotonic() > until:
                     break
         if left.any():
