@@ -1,5 +1,6 @@
 """What every on-policy algorithm has to do: learn, repeat itself, resume, refuse."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from agents import on_policy
 from agents.a2c import A2C, A2CConfig
+from agents.evaluation import evaluate_and_save
 from agents.on_policy import OnPolicyConfig, batch
 from agents.ppo import PPO
 from agents.qac import QAC
@@ -94,7 +96,7 @@ def fragment_of(learner: on_policy.Learner, env: str, steps: int = 20) -> Any:
     return RolloutWorker(rollout).collect(learner.snapshot(), steps, 0, True)
 
 
-def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None:
+def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation(tmp_path: Path) -> None:
     config = short("a2c", env=REACHING, normalize_observations=True, normalize_rewards=True)
     learner = A2C(config, 0)
     fragment = fragment_of(learner, REACHING)
@@ -102,11 +104,15 @@ def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None
     snapshot = learner.snapshot()
     assert snapshot.normalizer is not None
     np.testing.assert_allclose(snapshot.normalizer.mean, fragment.observations[:-1][fragment.valid].mean(0), atol=1e-6)
-    before = learner.state()
-    worker = RolloutWorker(RolloutConfig(REACHING, 4, learner.policy.numpy_policy, 0, 0.99, 60))
-    first, _ = worker.evaluate(snapshot, 20, 0, greedy=True, slice_s=60)
-    np.testing.assert_array_equal(first, worker.evaluate(snapshot, 20, 0, greedy=True, slice_s=60)[0])
+    before = copy.deepcopy(learner.state())
+    run = runtime(tmp_path, "run")
+    workers = learner.start_workers(run)
+    for _ in range(2):
+        evaluate_and_save(config, run, workers, learner, {}, learner.state)
+    run.close()
     assert_equal(learner.state(), before)
+    first, second = metrics(tmp_path, "run")
+    assert first == second
 
 
 def test_what_is_learnt_from_is_what_the_policy_saw() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents import evaluation
 from agents.ddpg import DDPG, DDPGConfig
 from agents.replay_training import ReplayConfig
 from agents.sac import SAC, SACConfig
@@ -74,16 +75,26 @@ def test_the_learning_rate_falls_to_zero(tmp_path: Path) -> None:
     assert 0 <= rate < 0.05 * SHORT["td3"].lr
 
 
-def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path) -> None:
+def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from agents import ddpg
 
+    snapshots, play_episodes = [], evaluation.play_episodes
+
+    def watched(config: Any, workers: Any, snapshot: Any, *args: Any, **options: Any) -> Any:
+        snapshots.append(snapshot)
+        return play_episodes(config, workers, snapshot, *args, **options)
+
     trained = train("ddpg", SHORT["ddpg"], tmp_path, "run")
+    monkeypatch.setattr(evaluation, "play_episodes", watched)
     run = runtime(tmp_path, "run", resume=True)
     ddpg.evaluate(replace(SHORT["ddpg"], eval_episodes=10), run)
     run.close()
     found = run.summary_metrics()
     assert found["eval/return_mean"] != trained["eval/return_mean"]  # other episodes
-    assert found["eval/return_mean"] == pytest.approx(trained["eval/return_mean"], abs=400)
+    weights = final_state(tmp_path, "run")["networks"]["actor"].values()
+    assert len(snapshots) == 2
+    for snapshot in snapshots:
+        np.testing.assert_array_equal(snapshot.weights, torch.cat([weight.flatten() for weight in weights]))
     assert found["eval/sampled/return_mean"] != found["eval/return_mean"]
     fresh = runtime(tmp_path, "fresh")
     with pytest.raises(UserError, match="no checkpoint yet"):
