@@ -101,12 +101,17 @@ def resume(arguments: Sequence[str]) -> int:
     job_name, job, config = _stored_config(directory)
     _check_device(config.run)
     directory.lock()  # before looking for the newest checkpoint, so that nobody writes a newer one
-    if directory.read_summary().get("status") == "finished":
-        directory.unlock()
-        raise UserError(f"{directory.root} is finished already: see its summary.json, or train under another --name")
-    from launch.checkpoint import CheckpointStore
+    from launch.resumption import checkpoint_to_resume
 
-    checkpoint = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints).newest()
+    try:
+        if directory.read_summary().get("status") == "finished":
+            raise UserError(
+                f"{directory.root} is finished already: see its summary.json, or train under another --name"
+            )
+        checkpoint = checkpoint_to_resume(directory)
+    except UserError:
+        directory.unlock()
+        raise
     return _run(job_name, job.trainer(), config, directory, checkpoint)
 
 

@@ -48,6 +48,7 @@ class Runtime:
         self._started = time.monotonic()
         self._backend: Backend | None = None
         self._step = self.started_from
+        self._saved = checkpoint.step if checkpoint else None
         self._logged: dict[str, float] = {}
         self._summarized: dict[str, float] = {}
         self._open()
@@ -115,6 +116,7 @@ class Runtime:
                 "seed": self.seed,
                 "steps": self._step,
                 "wall_s": round(self._wall_s(), 3),
+                "checkpoint": self._saved,  # step of the newest: a resume knows from it whether one must be there
                 "metrics": {**self.summary_metrics(), **self._logged, **self._summarized},
             }
         )
@@ -129,6 +131,8 @@ class Runtime:
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
         self._store.save(step, state, score, self._wall_s(), self._metrics.lines)
+        self._saved = step
+        self.summarize({})
 
     def restore(self) -> dict[str, Any] | None:
         return self._checkpoint.load() if self._checkpoint else None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from launch import cli, jobs
 from launch.checkpoint import CheckpointStore
 from launch.run_directory import RunDirectory
+from models.errors import UserError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -226,3 +228,48 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(command: Command) -> None:
     assert re.findall(r"^step (\d)/4", out, re.MULTILINE) == ["3", "4"]
     steps = [json.loads(line)["step"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def history(name: str) -> dict[str, bytes]:
+    """Every file of the run but its lock."""
+    return {str(path): path.read_bytes() for path in Path("runs", name).rglob("[!.]*") if path.is_file()}
+
+
+@pytest.mark.parametrize("loss", ["damaged", "deleted", "folder deleted", "summary deleted too"])
+def test_a_run_that_lost_its_checkpoints_is_not_started_over(command: Command, loss: str) -> None:
+    command(*TRAIN, "r", "--steps", "4", "--fail-at", "4")
+    for checkpoint in Path("runs/r/checkpoints").glob("step-*"):
+        if loss == "damaged":
+            (checkpoint / "tensors.safetensors").write_bytes(b"")
+        else:
+            shutil.rmtree(checkpoint)
+    if loss == "folder deleted":
+        Path("runs/r/checkpoints").rmdir()
+    if loss == "summary deleted too":
+        Path("runs/r/summary.json").unlink()
+    before = history("r")
+    code, _, err = command("resume", "r")
+    assert code == 2
+    assert re.search("has no checkpoint( that is whole)?: put back", err)
+    assert "nothing was changed" in err
+    assert err.count("\n") == 1
+    assert history("r") == before
+    RunDirectory(Path("runs/r")).lock()  # let go of
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("not now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointStore, "save", refuse)
+        assert command(*TRAIN, "r", "--steps", "2")[0] == 2
+    assert summary("r")["checkpoint"] is None
+    code, out, _ = command("resume", "r")
+    assert code == 0
+    assert "was stopped before its first checkpoint: it starts over, its metrics so far are dropped" in out
+    steps = [json.loads(line)["step"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    assert summary("r")["checkpoint"] == 2
