@@ -26,7 +26,7 @@ import yaml
 from launch import jobs
 from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
 from launch.console import RunConsole
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError, nearest
 
 USER_ERROR = 2
@@ -84,7 +84,8 @@ def sweep(arguments: Sequence[str]) -> int:
 
     job, config, entries = _configured("sweep", name, flags, SweepOptions)
     _check_device(config.run)
-    folder = config.run.runs_dir / (config.run.name or _free_name(config.run.runs_dir, f"sweep-{name}"))
+    runs_dir = config.run.runs_dir
+    folder = folder_to_fill(runs_dir, config.run.name or _free_name(runs_dir, f"sweep-{name}"), "sweep.yaml")
     shared = {key: value for key, value in entries.items() if key not in ("job", "name", "runs_dir")}
     combined = combine("Trial", run=RunConfig, job=job.config_class())
     space = read_space(config.options.space, shared, lambda trial: apply_entries(combined, trial, config.options.space))

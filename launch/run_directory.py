@@ -7,6 +7,7 @@ runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollout
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,29 @@ import yaml
 
 from launch.disk import refusals_explained, write_atomically
 from models.errors import UserError, nearest
+
+# What a folder below runs/ holds, by a file in it.
+HOLDS = {
+    "config.yaml": "a run: continue it with `longstride resume {folder}`",
+    "recipe.yaml": "the runs of several seeds: the same command with --seeds goes on with them",
+    "sweep.yaml": "the trials of a sweep: the same command goes on with them",
+}
+
+
+def folder_to_fill(runs_dir: Path, name: str, mark: str) -> Path:
+    """The folder `name`, which need not exist. mark: the file of HOLDS that it may have already, or "".
+
+    Raises UserError if `name` cannot name a folder below `runs_dir`, or if the folder holds something else.
+    """
+    if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
+        raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
+    folder = runs_dir / name
+    with refusals_explained(folder, "use the folder"):
+        held = [what for file, what in HOLDS.items() if file != mark and (folder / file).exists()]
+    if held:
+        what = held[0].format(folder=shlex.quote(str(folder)))
+        raise UserError(f"{folder} exists already and holds {what}, or choose another --name")
+    return folder
 
 
 class RunDirectory:
@@ -37,18 +61,13 @@ class RunDirectory:
     @classmethod
     def create(cls, runs_dir: Path, name: str, config: Mapping[str, Any]) -> "RunDirectory":
         """Make the folder of a fresh run. Raises UserError if it exists or cannot be made."""
-        if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
-            raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
-        directory = cls(runs_dir / name)
+        directory = cls(folder_to_fill(runs_dir, name, ""))
         with refusals_explained(directory.root, "create the run directory"):
             runs_dir.mkdir(parents=True, exist_ok=True)
             try:
                 directory.root.mkdir()
             except FileExistsError:
-                raise UserError(
-                    f"{directory.root} exists already: choose another --name, or continue it with "
-                    f"`longstride resume {name}`"
-                ) from None
+                raise UserError(f"{directory.root} exists already: choose another --name") from None
             for folder in (directory.tensorboard, directory.checkpoints, directory.rollouts, directory.logs):
                 folder.mkdir()
             write_atomically(directory.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))

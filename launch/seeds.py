@@ -23,7 +23,7 @@ from agents.statistics import bootstrap_interval, interquartile_mean
 from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
 from launch.execution import INTERRUPTED, interruptible
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError
 
 SUMMARIZED = ("eval/", "heldout/")  # metrics that say how good a run's policy is
@@ -34,11 +34,11 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     """Train every seed, print and write the aggregate; return the exit code.
 
     entries: the job's configuration, as `config.yaml` of a run holds it. Raises UserError if `name` was trained with
-    another one.
+    another one, or is something else.
     """
     own = {"job", "name", "runs_dir", "seed"}
     recipe = yaml.safe_dump({"job": job} | {k: v for k, v in entries.items() if k not in own}, sort_keys=False)
-    folder = Path(entries["runs_dir"]) / name
+    folder = folder_to_fill(Path(entries["runs_dir"]), name, "recipe.yaml")
     with refusals_explained(folder, "create the folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "recipe.yaml").exists() and (folder / "recipe.yaml").read_text() != recipe:

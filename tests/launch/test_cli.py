@@ -128,6 +128,22 @@ def test_a_run_directory_that_exists_is_refused(command: Command) -> None:
     assert Path("runs/r/metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("rest", [("train", "demo", "--seeds", "2"), ("sweep", "demo", "--space", "space.yaml")])
+def test_seeds_and_sweeps_keep_out_of_runs_and_of_other_folders(command: Command, rest: tuple[str, ...]) -> None:
+    Path("space.yaml").write_text("optimizer.lr: {low: 0.1, high: 0.2}\n")
+    command(*TRAIN, "r", "--steps", "1")
+    before = history("..")
+    for name, message in (
+        ("r", "runs/r exists already and holds a run: continue it with `longstride resume runs/r`"),
+        ("latest", "--name 'latest' cannot name a run"),
+        ("../outside", "--name '../outside' cannot name a run"),
+    ):
+        code, _, err = command(*rest, "--backend", "local", "--steps", "1", "--name", name)
+        assert code == 2
+        assert err.startswith(f"longstride: {message}")
+        assert history("..") == before
+
+
 def test_dry_run_prints_config_and_plan_and_writes_nothing(command: Command) -> None:
     Path("r.yaml").write_text("workers: 3\noptimizer: {lr: 0.5}\n")
     code, out, _ = command("train", "demo", "--recipe", "r.yaml", "--dry-run", "--optimizer.lr", "0.25")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.disk import refusals_explained, write_atomically
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_a_fresh_run_has_every_folder(tmp_path: Path) -> None:
 
 def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
-    with pytest.raises(UserError, match=r"exists already.*resume r"):
+    with pytest.raises(UserError, match="exists already: choose another --name"):
         RunDirectory.create(tmp_path, "r", {})
     assert list((tmp_path / "r").iterdir()) == []
 
@@ -28,6 +28,20 @@ def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
 def test_names_that_are_no_folder_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--name"):
         RunDirectory.create(tmp_path, name, {})
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("config.yaml", "a run: continue it with `longstride resume {}/r`"), ("recipe.yaml", "the runs of several seeds"),
+     ("sweep.yaml", "the trials of a sweep")],
+)  # fmt: skip
+def test_a_folder_holds_one_kind_of_thing(tmp_path: Path, file: str, words: str) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / file).touch()
+    for mark in {"", "recipe.yaml", "sweep.yaml"} - {file}:
+        with pytest.raises(UserError, match=f"r exists already and holds {words.format(tmp_path)}.* another --name"):
+            folder_to_fill(tmp_path, "r", mark)
+    assert folder_to_fill(tmp_path, "r", file) == tmp_path / "r"
 
 
 def test_a_run_is_found_by_name_by_path_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
