@@ -13,7 +13,6 @@ lists a job's settings.
 """
 
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +73,7 @@ def train(arguments: Sequence[str]) -> int:
         return _run(name, trainer, config, directory, None)
     except UserError:
         if not directory.has_begun():
-            shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
+            directory.discard()  # nothing was trained: the name is free for the corrected command
         raise
 
 

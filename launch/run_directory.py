@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,6 +54,7 @@ class RunDirectory:
         self.images = root / "images"
         self.logs = root / "logs"
         self._lock: TextIO | None = None
+        self._latest_before: str | None = None
 
     @property
     def name(self) -> str:
@@ -160,9 +162,25 @@ class RunDirectory:
 
     def point_latest(self) -> None:
         """Make runs/latest name this run."""
-        link = self.root.parent / "latest"
-        draft = link.with_name(f".latest.{os.getpid()}")
-        with refusals_explained(link, "create the link"):
+        self._latest_before = os.readlink(self._latest) if self._latest.is_symlink() else None
+        self._link_latest(self.root.name)
+
+    def discard(self) -> None:
+        """Remove the folder of a run that never began; runs/latest then names what it named before."""
+        if self._latest.is_symlink() and os.readlink(self._latest) == self.root.name:
+            if self._latest_before is None:
+                self._latest.unlink()
+            else:
+                self._link_latest(self._latest_before)
+        shutil.rmtree(self.root)
+
+    @property
+    def _latest(self) -> Path:
+        return self.root.parent / "latest"
+
+    def _link_latest(self, target: str) -> None:
+        draft = self._latest.with_name(f".latest.{os.getpid()}")
+        with refusals_explained(self._latest, "create the link"):
             draft.unlink(missing_ok=True)
-            draft.symlink_to(self.root.name)
-            draft.replace(link)
+            draft.symlink_to(target)
+            draft.replace(self._latest)

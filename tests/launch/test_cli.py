@@ -112,6 +112,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(Path().rglob("config.yaml"))
 
 
+def test_a_refused_run_leaves_latest_as_it_was(command: Command) -> None:
+    refused = (*TRAIN, "refused", "--fail-at", "1")
+    assert command(*refused)[0] == 2
+    assert not list(Path("runs").iterdir())
+    command(*TRAIN, "r", "--steps", "1")
+    assert command(*refused)[0] == 2
+    assert Path("runs/latest").readlink() == Path("r")
+    assert not Path("runs/refused").exists()
+
+
 def test_bad_recipes_are_named(command: Command) -> None:
     Path("r.yaml").write_text("job: demo\noptimizer: {lrr: 1}\n")
     code, _, err = command("train", "demo", "--recipe", "r.yaml")
