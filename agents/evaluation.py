@@ -103,7 +103,8 @@ def catch_up(
 
 def evaluate(config: ControlConfig, run: "Run", learner: Learner) -> None:
     """The `evaluate` command, on the policy of the run's checkpoint: greedy episodes to `eval/...`, sampled ones to
-    `eval/sampled/...`, and each episode to the run's rollouts, where `videos` of them are filmed."""
+    `eval/sampled/...`, as many of each as `eval/episodes` says, and each episode to the run's rollouts, where `videos`
+    of them are filmed."""
     state = run.restore()
     if state is None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
@@ -117,6 +118,7 @@ def evaluate(config: ControlConfig, run: "Run", learner: Learner) -> None:
         metrics |= played.metrics(prefix)
         pairs = zip(played.returns.tolist(), played.lengths.tolist())
         rows += [{"policy": kind, "return": value, "length": length} for value, length in pairs]
+    metrics["eval/episodes"] = float(config.eval_episodes)
     run.record(run.started_from, "evaluation", rows)
     for number in range(config.videos):
         seed = derive_seed(run.seed, "video", number)

@@ -144,7 +144,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from launch.execution import execute
     from launch.runtime import EvaluationRuntime
 
-    return execute(evaluator, config.job, EvaluationRuntime(name, config.run, directory, checkpoint))
+    return execute(evaluator, config.job, EvaluationRuntime(name, config.run, directory, checkpoint, flags))
 
 
 def runs(arguments: Sequence[str]) -> int:

@@ -122,7 +122,9 @@ class Run(Protocol):
         ...
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
-        """Merge final figures into summary.json (written atomically; also after each evaluation)."""
+        """Merge final figures into summary.json (written atomically; also after each evaluation while it trains).
+
+        Those of `longstride evaluate` become a line of evaluations.jsonl instead."""
         ...
 
     def summary_metrics(self) -> dict[str, float]:

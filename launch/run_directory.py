@@ -1,7 +1,7 @@
 """The folder of one run: where each thing is, and who may write to it.
 
 runs/latest -> <name>
-runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollouts/  images/  logs/
+runs/<name>/config.yaml  metrics.jsonl  summary.json  evaluations.jsonl  tb/  checkpoints/  rollouts/  images/  logs/
 """
 
 import fcntl
@@ -48,6 +48,7 @@ class RunDirectory:
         self.config = root / "config.yaml"
         self.metrics = root / "metrics.jsonl"
         self.summary = root / "summary.json"
+        self.evaluations = root / "evaluations.jsonl"
         self.tensorboard = root / "tb"
         self.checkpoints = root / "checkpoints"
         self.rollouts = root / "rollouts"

@@ -79,7 +79,9 @@ def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path) -> None:
     jobs.find("a2c").evaluator()(replace(config, eval_episodes=7), run)  # type: ignore[misc]
     run.close()
     assert metrics(tmp_path, "run")[-1]["eval/return_mean"] == 15
-    sampled = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["eval/sampled/return_mean"]
+    found = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]
+    sampled = found["eval/sampled/return_mean"]
+    assert found["eval/episodes"] == 7
     assert 5 < sampled <= 15
     rows = [json.loads(line) for line in next((tmp_path / "run/rollouts").glob("*.jsonl")).read_text().splitlines()]
     assert [row["policy"] for row in rows] == ["greedy"] * 7 + ["sampled"] * 7

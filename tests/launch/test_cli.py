@@ -202,19 +202,21 @@ def test_a_bug_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyP
 
 def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command) -> None:
     command(*TRAIN, "r", "--steps", "6", "--keep-checkpoints", "6")
-    trained = summary("r")
-    metrics = Path("runs/r/metrics.jsonl").read_text()
+    before = history("r")
     code, out, _ = command("evaluate", "latest")
     assert code == 0
     assert "heldout/weight" in out
-    assert summary("r")["metrics"]["heldout/step"] == 6
+    assert out.rstrip().endswith("runs/r/evaluations.jsonl")
     code, _, _ = command("evaluate", "runs/r/checkpoints/step-00000002", "--workers", "1")
     assert code == 0
-    evaluated = summary("r")
-    assert evaluated["metrics"].pop("heldout/step") == 2
-    del evaluated["metrics"]["heldout/weight"]
-    assert evaluated == trained, "an evaluation adds its metrics and changes nothing else"
-    assert Path("runs/r/metrics.jsonl").read_text() == metrics
+    lines = [json.loads(line) for line in Path("runs/r/evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["heldout/step"], line["flags"]) for line in lines] == [
+        (6, 6, []),
+        (2, 2, ["--workers", "1"]),
+    ]
+    assert lines[0]["time"] < lines[1]["time"]
+    Path("runs/r/evaluations.jsonl").unlink()
+    assert history("r") == before, "nothing else was written"
 
     Path("runs/r/checkpoints/step-00000002/state.json").unlink()
     code, _, err = command("evaluate", "runs/r/checkpoints/step-00000002")

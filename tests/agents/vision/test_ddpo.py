@@ -143,9 +143,11 @@ def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
         "ddpo", RunConfig(backend="local"), directory, CheckpointStore(directory.checkpoints, 9).newest()
     )
     evaluate(tiny, run)
+    run.finish("finished")
     run.close()
+    evaluated = json.loads(directory.evaluations.read_text())
+    assert evaluated["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
     metrics = json.loads(directory.summary.read_text())["metrics"]
-    assert metrics["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
     assert metrics["eval/before/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[0])
 
 
