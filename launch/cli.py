@@ -119,16 +119,16 @@ def evaluate(arguments: Sequence[str]) -> int:
     target, flags = _positional("evaluate", "RUN_OR_CHECKPOINT", arguments)
     from launch.checkpoint import CheckpointStore, read
 
-    path = Path(target)
+    path = Path(target).resolve()  # also from within the run's directory
     if path.parent.name == "checkpoints" and path.is_dir():
-        directory = RunDirectory.open(path.parent.parent.parent, path.resolve().parent.parent.name)
+        directory = RunDirectory.open(path.parent.parent.parent, path.parent.parent.name)
         try:
             checkpoint = read(path)
             damage = checkpoint.damage()
         except ValueError as error:
             damage = str(error)
         if damage:
-            raise UserError(f"the checkpoint {path} cannot be used: {damage}")
+            raise UserError(f"the checkpoint {target} cannot be used: {damage}")
     else:
         where, _ = tyro.cli(_Where, args=flags, return_unknown_args=True, add_help=False)
         directory = RunDirectory.open(where.runs_dir, target)

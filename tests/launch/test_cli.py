@@ -200,7 +200,7 @@ def test_a_bug_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyP
     RunDirectory(Path("runs/r")).lock()  # let go of
 
 
-def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command) -> None:
+def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     command(*TRAIN, "r", "--steps", "6", "--keep-checkpoints", "6")
     before = history("r")
     code, out, _ = command("evaluate", "latest")
@@ -215,6 +215,11 @@ def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command) -> None:
         (2, 2, ["--workers", "1"]),
     ]
     assert lines[0]["time"] < lines[1]["time"]
+    Path("runs/r/evaluations.jsonl").unlink()
+    with monkeypatch.context() as patched:
+        for folder, target in (("runs/r", "checkpoints/step-00000002"), ("checkpoints", "step-00000002")):
+            patched.chdir(folder)
+            assert command("evaluate", target)[0] == 0
     Path("runs/r/evaluations.jsonl").unlink()
     assert history("r") == before, "nothing else was written"
 
