@@ -1,6 +1,7 @@
 """The Run that trainers receive (the contract is launch/run.py)."""
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ class Runtime:
         title = f"{self.name}: {status} at step {self._step}"
         self._report(title, self._summarized or self._logged, self._files.summary)
         if status == "interrupted":
-            self.console.print(f"continue it with: longstride resume {self.name}")
+            self.console.print(f"continue it with: longstride resume {shlex.quote(str(self.directory))}")
 
     def _report(self, title: str, figures: Mapping[str, float], path: Path) -> None:
         self.console.close()
