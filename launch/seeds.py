@@ -51,11 +51,21 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here")
         return INTERRUPTED
+    if not any(folder.glob("seed-*/config.yaml")):
+        _discard(folder)
     summaries = {seed: RunDirectory(folder / f"seed-{seed}").read_summary() for seed in seeds}
     finished = {seed: s["metrics"] for seed, s in summaries.items() if s.get("status") == "finished"}
     if finished:
         report(job, folder, finished, console)
     return max(codes, default=0)
+
+
+def _discard(folder: Path) -> None:
+    """Remove what was written for seeds that were all refused: the name is free for the corrected command."""
+    for path in (folder / "recipe.yaml", *folder.glob("seed-*.log")):
+        path.unlink()
+    with contextlib.suppress(OSError):  # the user's own files stay
+        folder.rmdir()
 
 
 def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunConsole) -> list[int]:
