@@ -8,8 +8,8 @@ longstride runs
 longstride inspect CONFIG_OR_MODEL_FOLDER [--depth N] [--width N] [--vary FIELD=VALUE,VALUE] [...]
 longstride doctor
 
-RUN is the name of a run under --runs-dir, the path of a run directory, or `latest`. `longstride train JOB --help`
-lists a job's settings.
+RUN is the name of a run under --runs-dir (NAME/seed-0 of several seeds), the path of a run directory, or `latest`, the
+single run that was started last. `longstride train JOB --help` lists a job's settings.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from launch import jobs
 from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
 from launch.console import RunConsole
 from launch.run_directory import RunDirectory, folder_to_fill
+from launch.run_table import show_runs
 from models.errors import UserError, nearest
 
 USER_ERROR = 2
@@ -148,15 +149,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def runs(arguments: Sequence[str]) -> int:
-    rows = []
-    for directory in RunDirectory.all(_runs_dir("runs", arguments)):
-        summary = directory.read_summary()
-        status = summary.get("status", "killed")
-        if status == "running" and not directory.is_live():
-            status = "killed"
-        metric = next((f"{name} {value:.4g}" for name, value in reversed(summary.get("metrics", {}).items())), "")
-        rows.append([directory.name, str(directory.read_config()["job"]), status, str(summary.get("steps", 0)), metric])
-    RunConsole("runs").table("runs", ["run", "job", "status", "step", "metric"], rows)
+    show_runs(_runs_dir("runs", arguments))
     return 0
 
 

@@ -1,7 +1,8 @@
 """The folder of one run: where each thing is, and who may write to it.
 
-runs/latest -> <name>
+runs/latest -> <name>                                             (of single runs)
 runs/<name>/config.yaml  metrics.jsonl  summary.json  evaluations.jsonl  tb/  checkpoints/  rollouts/  images/  logs/
+runs/<seeds>/seed-<seed>/  runs/<sweep>/trials/<trial>/           (run directories too)
 """
 
 import fcntl
@@ -35,11 +36,15 @@ def folder_to_fill(runs_dir: Path, name: str, mark: str) -> Path:
         raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
     folder = runs_dir / name
     with refusals_explained(folder, "use the folder"):
-        held = [what for file, what in HOLDS.items() if file != mark and (folder / file).exists()]
+        held = _held(folder, but=mark)
     if held:
-        what = held[0].format(folder=shlex.quote(str(folder)))
-        raise UserError(f"{folder} exists already and holds {what}, or choose another --name")
+        raise UserError(f"{folder} exists already and holds {held}, or choose another --name")
     return folder
+
+
+def _held(folder: Path, but: str = "") -> str | None:
+    found = [what for file, what in HOLDS.items() if file != but and (folder / file).exists()]
+    return found[0].format(folder=shlex.quote(str(folder))) if found else None
 
 
 class RunDirectory:
@@ -78,23 +83,26 @@ class RunDirectory:
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "RunDirectory":
-        """Find an existing run by its name under `runs_dir` (also `latest`) or by its path.
+        """Find an existing run by its name under `runs_dir` (also `latest`, or as in `seeds/seed-0`) or by its path.
 
         Raises UserError naming the nearest run if there is none.
         """
         for root in (runs_dir / name, Path(name)):
             if (root / "config.yaml").is_file():
                 return cls(root.resolve())
-        known = [directory.name for directory in cls.all(runs_dir)]
+            if held := _held(root):
+                raise UserError(f"{root} holds {held}; `longstride runs` names each of them")
+        known = [str(directory.root.relative_to(runs_dir)) for directory in cls.all(runs_dir)]
         hint = f"did you mean {nearest(name, known)}?" if known else "there is no run yet"
         raise UserError(f"no run {name!r} under {runs_dir}: {hint}")
 
     @classmethod
     def all(cls, runs_dir: Path) -> "list[RunDirectory]":
-        """Every run, the oldest first."""
-        if not runs_dir.is_dir():
-            return []
-        roots = [path for path in runs_dir.iterdir() if not path.is_symlink() and (path / "config.yaml").is_file()]
+        """Every run, also those of seeds and sweeps, the oldest first."""
+        patterns = ("*/config.yaml", "*/seed-*/config.yaml", "*/trials/*/config.yaml")
+        roots = [path.parent for pattern in patterns for path in runs_dir.glob(pattern)]
+        base = runs_dir.resolve()
+        roots = [root for root in roots if root.resolve() == base / root.relative_to(runs_dir)]  # `latest` is no name
         return [cls(root) for root in sorted(roots, key=lambda root: (root / "config.yaml").stat().st_mtime)]
 
     def read_config(self) -> dict[str, Any]:

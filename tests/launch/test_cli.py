@@ -237,13 +237,18 @@ def test_the_table_of_runs(command: Command) -> None:
     command(*TRAIN, "bad", "--steps", "3", "--fail-at", "2")
     killed = RunDirectory.create(Path("runs"), "killed", {"job": "demo"})
     killed.write_summary({"job": "demo", "status": "running", "steps": 7, "metrics": {}})
+    one_of_many = RunDirectory.create(Path("runs/many"), "seed-3", {"job": "demo"})
+    heldout = {"train/x": 1.0, "heldout/pass@1/base": 0.1, "heldout/pass@1/rl": 0.5, "heldout/pass@1/rl/sums": 0.9}
+    one_of_many.write_summary({"status": "interrupted", "steps": 2, "metrics": heldout})
+    one_of_many.point_latest()
     code, out, _ = command("runs")
     assert code == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in out.splitlines() if "demo" in line]
+    rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in out.splitlines() if "demo" in line]
     assert rows == [
-        ["good", "demo", "finished", "3"],
-        ["bad", "demo", "failed", "1"],
-        ["killed", "demo", "killed", "7"],
+        ["good", "demo", "finished", "3", f"eval/weight {summary('good')['metrics']['eval/weight']:.4g}"],
+        ["bad", "demo", "failed", "1", f"train/loss {summary('bad')['metrics']['train/loss']:.4g}"],
+        ["killed", "demo", "killed", "7", ""],
+        ["many/seed-3", "demo", "interrupted", "2", "heldout/pass@1/rl 0.5"],
     ]
 
 

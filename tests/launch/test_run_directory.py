@@ -52,6 +52,15 @@ def test_a_run_is_found_by_name_by_path_and_as_the_latest(tmp_path: Path, monkey
     assert RunDirectory.open(tmp_path, "latest").root == two.root
     assert RunDirectory.open(Path("nowhere"), str(one.root)).root == one.root
     assert [directory.name for directory in RunDirectory.all(tmp_path)] == ["one", "two"]
+    assert RunDirectory.create(tmp_path / "many", "seed-0", {"job": "demo"}).root == tmp_path / "many" / "seed-0"
+    RunDirectory(tmp_path / "many" / "seed-0").point_latest()
+    RunDirectory.create(tmp_path / "tried" / "trials", "0a1b", {"job": "demo"})
+    found = [str(directory.root.relative_to(tmp_path)) for directory in RunDirectory.all(tmp_path)]
+    assert found == ["one", "two", "many/seed-0", "tried/trials/0a1b"]
+    assert all(RunDirectory.open(tmp_path, name).root == tmp_path / name for name in found)
+    (tmp_path / "many" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"many holds the runs of several seeds: .* `longstride runs` names each"):
+        RunDirectory.open(tmp_path, "many")
     with pytest.raises(UserError, match="did you mean one"):
         RunDirectory.open(tmp_path, "oen")
 
