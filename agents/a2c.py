@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from agents import on_policy
-from agents.on_policy import Learner, OnPolicyConfig, adam, batch, descend, initial_weights, make_policy
+from agents import evaluation, on_policy
+from agents.on_policy import AdvantageConfig, Learner, adam, batch, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from models.control.networks import ValueFunction
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class A2CConfig(OnPolicyConfig):
+class A2CConfig(AdvantageConfig):
     segments: int = 4
     """Updates to one call of the workers."""
     lr: float = 5e-4
@@ -40,7 +40,7 @@ class A2CConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef"}
+    may_be_zero: ClassVar[frozenset[str]] = AdvantageConfig.may_be_zero | {"ent_coef"}
 
     @property
     def steps_per_call(self) -> int:
@@ -52,7 +52,7 @@ def train(config: A2CConfig, run: "Run") -> None:
 
 
 def evaluate(config: A2CConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, A2C(config, run.seed))
+    evaluation.evaluate(config, run, A2C(config, run.seed))
 
 
 class A2C(Learner):

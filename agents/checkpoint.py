@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
+from agents.config import ControlConfig
 from models.errors import UserError
 
 Networks = Mapping[str, nn.Module]
@@ -33,13 +35,29 @@ def load_networks(state: Mapping[str, Any], networks: Networks, optimizers: Opti
         optimizer.load_state_dict(state["optimizers"][name])
 
 
-def refuse_infinite(metrics: Mapping[str, float], env_steps: int) -> None:
-    """Raises UserError if a loss is not finite."""
-    if not np.isfinite(list(metrics.values())).all():
-        raise UserError(f"the loss is not finite at step {env_steps}: the last checkpoint is good; try a lower --lr")
+def refuse_infinite(metrics: Mapping[str, float], networks: Networks, env_steps: int) -> None:
+    """Raises UserError if a loss is not finite, or a weight: a loss is of the weights before the step."""
+    weights = [parameter.detach() for network in networks.values() for parameter in network.parameters()]
+    largest = get_total_norm(weights, torch.inf)  # NaN if any is
+    if not (np.isfinite(list(metrics.values())).all() and largest.isfinite()):
+        raise UserError(
+            f"the loss or the weights are not finite at step {env_steps}, and were not saved: try a lower --lr"
+        )
 
 
-def refuse_other_environment(state: dict, env: str) -> None:
-    """Raises UserError if a checkpoint's state is of another environment."""
-    if state["env"] != env:
-        raise UserError(f"the checkpoint is of {state['env']}, not of {env}: give --env {state['env']}")
+def policy_state(config: ControlConfig) -> dict[str, Any]:
+    """What the weights do not show of the policy that plays by them."""
+    return {"env": config.env, "settings": {name: getattr(config, name) for name in config.of_the_policy}}
+
+
+def refuse_other_policy(state: Mapping[str, Any], config: ControlConfig) -> None:
+    """Raises UserError if a checkpoint's state is of another environment, or of a policy that would do something else
+    by the same weights. (Checkpoints of old hold no settings.)"""
+    if state["env"] != config.env:
+        raise UserError(f"the checkpoint is of {state['env']}, not of {config.env}: give --env {state['env']}")
+    for name, value in state.get("settings", {}).items():
+        if value != getattr(config, name):
+            raise UserError(
+                f"the checkpoint's policy has {name} = {value}, not {getattr(config, name)}: leave out "
+                f"--{name.replace('_', '-')}"
+            )

@@ -1,5 +1,6 @@
 """The settings that every control agent has."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,19 +33,25 @@ class ControlConfig:
     videos: int = 0
     """Episodes that `longstride evaluate` films, as GIF files in the run's rollouts."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset()
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"gamma", "videos"})
     """Names of settings that may be 0; any other number must be positive."""
-    at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma", "gae_lambda"})
+    at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma"})
     any_number: ClassVar[frozenset[str]] = frozenset()
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation",)
+    """Names of settings that say, beside the weights and their shapes, what the policy does."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             flag = f"--{name.replace('_', '-')} is {value}"
             if name == "hidden" and min(value, default=1) < 1:
                 raise UserError(f"{flag}: widths must be positive")
-            if isinstance(value, bool) or not isinstance(value, int | float) or name in self.any_number:
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            zero = name in self.may_be_zero or name == "videos"
+            if not math.isfinite(value):
+                raise UserError(f"{flag}: must be finite")
+            if name in self.any_number:
+                continue
+            zero = name in self.may_be_zero
             if zero and value < 0:
                 raise UserError(f"{flag}: must not be negative")
             if not zero and value <= 0:
@@ -53,6 +60,6 @@ class ControlConfig:
                 raise UserError(f"{flag}: must be at most 1")
 
 
-def check(config: ControlConfig) -> None:
-    """Raises UserError if the environment cannot be made, or is none for control agents."""
+def check(config: ControlConfig, run: object) -> None:
+    """For `--dry-run`. Raises UserError if the environment cannot be made, or is none for control agents."""
     control_spaces(config.env)

@@ -15,12 +15,12 @@ decay.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from agents import replay_training
+from agents import evaluation, replay_training
 from agents.noise import OrnsteinUhlenbeck
 from agents.on_policy import initial_weights
 from agents.replay import Transitions
@@ -39,6 +39,8 @@ class DDPGConfig(ReplayConfig):
     ou_theta: float = 0.15
     """How fast the Ornstein-Uhlenbeck process returns to 0, a second; a step is 0.01 s."""
 
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "noise", "noise_std", "ou_theta")
+
 
 def train(config: DDPGConfig, run: "Run") -> None:
     """The `ddpg` job."""
@@ -46,7 +48,7 @@ def train(config: DDPGConfig, run: "Run") -> None:
 
 
 def evaluate(config: DDPGConfig, run: "Run") -> None:
-    replay_training.evaluate(config, run, DDPG(config, run.seed, run.device))
+    evaluation.evaluate(config, run, DDPG(config, run.seed, run.device))
 
 
 class DDPG(Learner):

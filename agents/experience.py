@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.noise import OrnsteinUhlenbeck
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot
 from agents.step_limit import StepLimit
 from envs.control.spaces import BoxActions
@@ -23,13 +22,11 @@ class Experience:
 
 
 class ExperienceWorker(RolloutWorker):
-    """noise: what the policy's noise goes through; None leaves it independent from step to step."""
-
-    def __init__(self, config: RolloutConfig, noise: OrnsteinUhlenbeck | None, actor_index: int = 0) -> None:
+    def __init__(self, config: RolloutConfig, actor_index: int = 0) -> None:
         super().__init__(config, actor_index)
         space = self.env.spaces.actions
         assert isinstance(space, BoxActions)
-        self.space, self.noise = space, noise
+        self.space = space
         self.noise_NA = np.zeros((config.num_envs, space.size), np.float32)
 
     def experience(self, snapshot: Snapshot | None, steps: int, round: int, restart: bool) -> Experience:
@@ -38,7 +35,7 @@ class ExperienceWorker(RolloutWorker):
         snapshot: None for actions that are uniformly random. Restarts, randomness and errors are as in `collect`.
         """
         rng = np.random.default_rng(self._seed("actions", round))
-        policy = None if snapshot is None else self.config.policy(snapshot.weights)
+        policy, process = None if snapshot is None else self.config.policy(snapshot.weights), self.config.noise
         n, d, a = len(self.done), self.env.spaces.observation_size, self.space.size
         rows = np.empty((steps, n, 2 * d + a + 2), np.float32)
         valid = np.empty((steps, n), bool)
@@ -55,7 +52,7 @@ class ExperienceWorker(RolloutWorker):
                 if policy is None:
                     actions = random[t]
                 else:
-                    self.noise_NA = random[t] if self.noise is None else self.noise.step(self.noise_NA, random[t])
+                    self.noise_NA = random[t] if process is None else process.step(self.noise_NA, random[t])
                     actions = policy.act(policy(self.observations), self.noise_NA)
                 valid[t] = ~self.done
                 rows[t, :, :d] = self.observations  # before the step: they may be the environment's own memory

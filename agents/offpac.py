@@ -4,6 +4,8 @@
     learner   takes whatever fragment is ready ──▶ one update from it, `replays` updates from older ones
                 └──▶ to its worker: the next call, with the newest weights
 
+Fragments are kept as the environment gave them and normalised, if asked for, by the statistics of the update.
+
 What a fragment was played by (μ, some updates ago) is not what learns from it (π), so its steps count by
 ρ = π(a|s) / μ(a|s), with the log-probabilities that the worker kept:
 
@@ -14,11 +16,12 @@ correction   vtrace   v_s of agents/vtrace.py, ratios cut off at `rho_bar` and `
              plain    ratios as they are, products of them over the fragment (per-decision importance sampling): no
                       bias in v_s, and a variance that grows with the distance between π and μ
 
-How far behind a fragment is: `train/policy_lag`, in updates. It is bounded by the calls in line, `workers x
-calls_ahead` fragments, and by `kept_fragments` for those learnt from again.
+How far behind a fragment is: `train/policy_lag`, in new fragments learnt from since its call was issued, of which each
+makes 1 + `replays` gradient steps. It is less than twice the calls in line, `workers x calls_ahead`: so many are
+issued before it, and so many issued later may overtake it (`Pipeline`). Those learnt from again are up to
+`kept_fragments` older.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,8 +29,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from agents import on_policy
-from agents.evaluation import play_episodes, start_workers
+from agents import evaluation
+from agents.clock import Clock
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.moments import Moments
 from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.pipeline import Pipeline
@@ -62,7 +66,8 @@ class OffPACConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef", "replays"}
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef", "gae_lambda", "replays"}
+    at_most_one: ClassVar[frozenset[str]] = OnPolicyConfig.at_most_one | {"gae_lambda"}
 
 
 def train(config: OffPACConfig, run: "Run") -> None:
@@ -70,12 +75,13 @@ def train(config: OffPACConfig, run: "Run") -> None:
     which their fragments arrive is theirs."""
     torch.set_num_threads(1)  # the networks are too small to be shared among threads
     learner = OffPAC(config, run.seed)
-    workers = start_workers(config, run, learner.policy.numpy_policy)
+    workers = learner.start_workers(run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    pipeline = Pipeline(workers, "collect", config.worker_timeout_s, in_order=False)
-    clock, last_logged = time.perf_counter(), learner.env_steps
+        catch_up(config, run, workers, learner, state, learner.state)
+    pipeline = Pipeline(workers, "collect", config.worker_timeout_s, ahead=len(workers) * config.calls_ahead)
+    clock = Clock(learner, workers, "env_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
         for ahead in range(config.calls_ahead):
@@ -88,22 +94,15 @@ def train(config: OffPACConfig, run: "Run") -> None:
             metrics |= learner.learn(fragment)
             if learner.env_steps < next_evaluation:
                 pipeline.issue(worker, *learner.next_call(restart=False))
-            evaluating = not pipeline
-            if evaluating or learner.env_steps // config.log_every > before // config.log_every:
-                now = time.perf_counter()
-                metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (now - clock)
-                metrics["run/actor_restarts"] = float(workers.restarts)
-                if evaluating:
-                    seed = derive_seed(run.seed, "evaluation", learner.round)
-                    metrics |= play_episodes(config, workers, learner.snapshot(), seed).metrics()
-                clock, last_logged = now, learner.env_steps
-                run.log(learner.env_steps, metrics, config.steps)
-        run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
-        run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
+            if pipeline and learner.env_steps // config.log_every > before // config.log_every:
+                run.log(learner.env_steps, metrics | clock.rates(), config.steps)
+                clock.restart()
+        evaluate_and_save(config, run, workers, learner, metrics | clock.rates(), learner.state)
+        clock.restart()
 
 
 def evaluate(config: OffPACConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, OffPAC(config, run.seed))
+    evaluation.evaluate(config, run, OffPAC(config, run.seed))
 
 
 class OffPAC(Learner):
@@ -117,20 +116,25 @@ class OffPAC(Learner):
         self.networks = {"policy": policy, "critic": self.critic}
         self.optimizers = {"adam": adam((policy, config.lr), (self.critic, config.critic_lr))}
         self.calls = 0  # of the workers so far
-        self.kept: deque[Fragment] = deque(maxlen=config.kept_fragments)
+        self.kept: deque[Fragment] = deque(maxlen=config.kept_fragments)  # as they came, not normalised
 
     def next_call(self, restart: bool) -> tuple[Snapshot, int, int, bool]:
         """The arguments of `RolloutWorker.collect`."""
         self.calls += 1
         return self.snapshot(), self.config.n_steps, self.calls, restart
 
+    def learn(self, fragment: Fragment) -> dict[str, float]:
+        metrics = super().learn(fragment)
+        if fragment.valid.any():
+            self.kept.append(fragment)
+        return metrics
+
     def update(self, fragment: Fragment) -> dict[str, float]:
         metrics = self.update_on(fragment) | {"train/policy_lag": float(self.round - fragment.versions.mean())}
         rng = np.random.default_rng(derive_seed(self.seed, "replays", self.round))
         for older in rng.integers(len(self.kept), size=self.config.replays) if self.kept else ():
-            again = self.update_on(self.kept[older])
+            again = self.update_on(self.normalized(self.kept[older]))
             metrics["train/replay_rho_cut"] = again["train/rho_cut"]
-        self.kept.append(fragment)
         return metrics
 
     def update_on(self, fragment: Fragment) -> dict[str, float]:
@@ -164,10 +168,12 @@ class OffPAC(Learner):
     def state(self) -> dict[str, Any]:
         arrays = [f.name for f in fields(Fragment) if not f.name.endswith("_moments")]
         kept = [{name: getattr(fragment, name) for name in arrays} for fragment in self.kept]
-        return super().state() | {"calls": self.calls, "kept": kept}
+        return super().state() | {"calls": self.calls, "kept": kept, "kept_as_played": True}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.calls = state["calls"]
+        if (self.config.normalize_observations or self.config.normalize_rewards) and "kept_as_played" not in state:
+            return  # of an older version, normalised by the statistics of then: they are left behind
         for arrays in state["kept"]:  # their moments were counted when they came
             self.kept.append(Fragment(**arrays, observation_moments=Moments.none(0), return_moments=Moments.none(1)))

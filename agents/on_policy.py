@@ -6,7 +6,6 @@
 Shapes: T steps, N environments of all workers, B valid steps among them, D numbers an observation.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -20,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
+from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
+from agents.clock import Clock
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_checkpoint, play_episodes, start_workers
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.moments import CLIP, Moments, Normalizer
+from agents.pipeline import call_each
 from agents.returns import gae
-from agents.rollout import Fragment, Snapshot, call_each, join
+from agents.rollout import Fragment, RolloutConfig, RolloutWorker, Snapshot, join
 from envs.control.spaces import ControlSpaces, DiscreteActions
 from envs.control.vector_env import control_spaces
 from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
@@ -33,15 +34,13 @@ from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from launch.run import Run
+    from launch.run import ActorGroup, Run
 
 
 @dataclass(frozen=True)
 class OnPolicyConfig(ControlConfig):
     n_steps: int = 8
     """Steps of each environment to one update."""
-    gae_lambda: float = 0.95
-    """1 is the n-step return."""
     lr_schedule: Literal["linear", "constant"] = "linear"
     """linear: learning rates fall to 0 over the run."""
     normalize_observations: bool = False
@@ -54,13 +53,25 @@ class OnPolicyConfig(ControlConfig):
     """Continuous actions explore by generalised state-dependent noise (gSDE), drawn anew every so many steps and with
     each call of the workers; `log_std_init` is then that of the noise's weights. 0: independent noise at each step."""
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"sde_steps"})
+    may_be_zero: ClassVar[frozenset[str]] = ControlConfig.may_be_zero | {"sde_steps"}
     any_number: ClassVar[frozenset[str]] = frozenset({"log_std_init"})
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "normalize_observations", "sde_steps")
 
     @property
     def steps_per_call(self) -> int:
         """Steps of each environment to one call of the workers."""
         return self.n_steps
+
+
+@dataclass(frozen=True)
+class AdvantageConfig(OnPolicyConfig):
+    """Of the algorithms whose advantages `batch` estimates."""
+
+    gae_lambda: float = 0.95
+    """1 is the n-step return, 0 one-step temporal differences."""
+
+    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"gae_lambda"}
+    at_most_one: ClassVar[frozenset[str]] = OnPolicyConfig.at_most_one | {"gae_lambda"}
 
 
 def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
@@ -70,42 +81,27 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     repeats an uninterrupted one bit for bit, with any number of workers that stay alive.
     """
     torch.set_num_threads(1)  # the networks are too small to be shared among threads
-    workers = start_workers(config, run, learner.policy.numpy_policy)
+    workers = learner.start_workers(run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    clock, last_logged = time.perf_counter(), learner.env_steps
+        catch_up(config, run, workers, learner, state, learner.state)
+    clock = Clock(learner, workers, "env_steps")
     restart = True
     while learner.env_steps < config.steps:
         call = (learner.snapshot(), config.steps_per_call, learner.round, restart)
         fragment = join(call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s))
         before = learner.env_steps
         metrics = learner.learn(fragment)
-        learned = time.perf_counter()
         finished = learner.env_steps >= config.steps
         restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
-        if restart:
-            seed = derive_seed(run.seed, "evaluation", learner.round)
-            metrics = play_episodes(config, workers, learner.snapshot(), seed).metrics() | metrics
         if restart or learner.env_steps // config.log_every > before // config.log_every:
-            metrics["time/env_steps_per_s"] = (learner.env_steps - last_logged) / (learned - clock)
-            metrics["run/actor_restarts"] = float(workers.restarts)
-            run.log(learner.env_steps, metrics, config.steps)
-        if restart:
-            run.save(learner.env_steps, learner.state(), score=metrics["eval/return_mean"])
-            run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
-        if "time/env_steps_per_s" in metrics:
-            clock, last_logged = time.perf_counter(), learner.env_steps  # evaluations do not count
-
-
-def evaluate(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
-    """Play `eval_episodes` episodes of the policy of the run's checkpoint, greedily and sampled."""
-    state = run.restore()
-    if state is None:
-        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
-    learner.load_state(state)
-    workers = start_workers(config, run, learner.policy.numpy_policy)
-    evaluate_checkpoint(config, run, workers, learner.snapshot())
+            metrics |= clock.rates()
+            if restart:
+                evaluate_and_save(config, run, workers, learner, metrics, learner.state)
+            else:
+                run.log(learner.env_steps, metrics, config.steps)
+            clock.restart()
 
 
 class Learner(ABC):
@@ -128,7 +124,7 @@ class Learner(ABC):
 
     @abstractmethod
     def update(self, fragment: Fragment) -> dict[str, float]:
-        """Learn from a fragment, whose rewards are normalised. Returns metrics under `train/`."""
+        """Learn from a normalised fragment. Returns metrics under `train/`."""
 
     @property
     def policy(self) -> Policy:
@@ -136,27 +132,45 @@ class Learner(ABC):
         assert isinstance(policy, Policy)
         return policy
 
+    def start_workers(self, run: "Run") -> "ActorGroup":
+        """Raises UserError if the run is to use a GPU."""
+        if run.device != "cpu":
+            raise UserError(
+                f"--device {run.device}: this agent learns on the CPU, leave it out; ddpg, td3 and sac take a GPU"
+            )
+        env, envs, policy = self.config.env, self.config.envs_per_worker, self.policy.numpy_policy
+        rollout = RolloutConfig(env, envs, policy, run.seed, self.config.gamma, self.config.step_timeout_s)
+        return run.actors(RolloutWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
+
+    def normalizer(self) -> Normalizer | None:
+        return Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None
+
     def snapshot(self) -> Snapshot:
-        normalizer = Normalizer.from_moments(self.observation_moments) if self.config.normalize_observations else None
-        return Snapshot(self.round, self.policy.flat_weights(), normalizer)
+        return Snapshot(self.round, self.policy.flat_weights(), self.normalizer())
 
     def learn(self, fragment: Fragment) -> dict[str, float]:
-        """Raises UserError if what `update` returns is not finite."""
+        """Raises UserError if what `update` returns, or a weight after it, is not finite."""
         self.returns.extend(fragment.episode_returns.tolist())
         self.return_moments = self.return_moments.merged(fragment.return_moments)
-        if self.config.normalize_observations:
-            self.observation_moments = self.observation_moments.merged(fragment.observation_moments)
-        if self.config.normalize_rewards:
-            scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
-            fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(group["initial_lr"])
-        metrics = self.update(fragment) if fragment.valid.any() else {}
+        metrics = self.update(self.normalized(fragment)) if fragment.valid.any() else {}
+        if self.config.normalize_observations:  # afterwards: learnt from is what the policy saw that played
+            self.observation_moments = self.observation_moments.merged(fragment.observation_moments)
         self.env_steps += int(fragment.valid.sum())
         self.round += 1
-        refuse_infinite(metrics, self.env_steps)
+        refuse_infinite(metrics, self.networks, self.env_steps)
         return ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {}) | metrics
+
+    def normalized(self, fragment: Fragment) -> Fragment:
+        """By the statistics of now, as far as the configuration asks for it."""
+        if (normalizer := self.normalizer()) is not None:
+            fragment = replace(fragment, observations=normalizer(fragment.observations))
+        if self.config.normalize_rewards:
+            scaled = fragment.rewards / self.return_moments.std().astype(np.float32)
+            fragment = replace(fragment, rewards=np.clip(scaled, -CLIP, CLIP))
+        return fragment
 
     def rate(self, initial: float) -> float:
         """A learning rate by the schedule."""
@@ -169,7 +183,7 @@ class Learner(ABC):
 
     def state(self) -> dict[str, Any]:
         return {
-            "env": self.config.env,
+            **policy_state(self.config),
             "env_steps": self.env_steps,
             "round": self.round,
             "returns": list(self.returns),
@@ -179,8 +193,8 @@ class Learner(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a checkpoint of another environment or other networks."""
-        refuse_other_environment(state, self.config.env)
+        """Raises UserError for a checkpoint of another environment, policy or other networks."""
+        refuse_other_policy(state, self.config)
         load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.observation_moments = Moments.from_state(state["observation_moments"])
         self.return_moments = Moments.from_state(state["return_moments"])
@@ -199,6 +213,11 @@ def initial_weights(seed: int) -> Iterator[None]:
 def make_policy(config: OnPolicyConfig, spaces: ControlSpaces) -> Policy:
     sizes = config.hidden, config.activation
     if isinstance(spaces.actions, DiscreteActions):
+        if config.sde_steps:
+            raise UserError(
+                f"--sde-steps {config.sde_steps} is for continuous actions, and those of {config.env} are discrete: "
+                "leave it out"
+            )
         return CategoricalPolicy(spaces.observation_size, spaces.actions.count, *sizes)
     if config.sde_steps:
         noise = config.log_std_init, config.sde_steps
@@ -213,18 +232,18 @@ class Batch:
     observations: Tensor  # (B, D)
     actions: Tensor  # (B,) or (B, A)
     log_probs: Tensor  # (B,), when they were drawn
-    advantages: Tensor  # (B,), mean 0 and standard deviation 1 unless `batch` was told to leave them
+    advantages: Tensor  # (B,), mean 0 and standard deviation 1 unless `batch` was told to leave them, or B is 1
     targets: Tensor  # (B,), of the critic: the λ-returns
 
 
-def batch(fragment: Fragment, values_TN: np.ndarray, config: OnPolicyConfig, normalize: bool = True) -> Batch:
+def batch(fragment: Fragment, values_TN: np.ndarray, config: AdvantageConfig, normalize: bool = True) -> Batch:
     """values_TN: (T+1, N), the critic's of all the fragment's observations."""
     flags = fragment.terminated, fragment.truncated
     advantages = gae(fragment.rewards, values_TN, *flags, config.gamma, config.gae_lambda)
     targets = advantages + values_TN[:-1]
     valid = fragment.valid
     counted = advantages[valid]
-    if normalize:
+    if normalize and len(counted) > 1:  # a single one would become 0, and its step nothing
         counted = (counted - counted.mean()) / (counted.std() + 1e-8)
     arrays = (fragment.observations[:-1][valid], fragment.actions[valid], fragment.log_probs[valid])
     return Batch(*(torch.from_numpy(array) for array in (*arrays, counted, targets[valid])))
@@ -249,7 +268,8 @@ def fit_critic(
 
 def explained_variance(targets: Tensor, predictions: Tensor) -> float:
     """1: the critic knows the returns; 0: no better than their mean."""
-    return 1 - ((targets - predictions).var() / (targets.var() + 1e-8)).item()
+    unexplained = (targets - predictions).var(correction=0) / (targets.var(correction=0) + 1e-8)
+    return 1 - unexplained.item()
 
 
 def adam(*networks_and_rates: tuple[nn.Module, float]) -> Optimizer:

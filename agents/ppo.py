@@ -3,7 +3,7 @@
     maximise E[ min(r·A, clip(r, 1 - ε, 1 + ε)·A) ] + ent_coef · entropy,   r = π_θ(a|s) / π_old(a|s)
 
 over `epochs` passes of minibatches through one fragment; the critic is fitted to the λ-returns on the same minibatches.
-An epoch that begins farther than `max_kl` from the policy that played is not begun.
+After an epoch that ends farther than `max_kl` from the policy that played there is no other.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import (
+    AdvantageConfig,
     Learner,
-    OnPolicyConfig,
     adam,
     batch,
     descend,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(AdvantageConfig):
     n_steps: int = 64
     lr: float = 1e-3
     """Learning rate of actor and critic (Adam)."""
@@ -46,7 +46,7 @@ class PPOConfig(OnPolicyConfig):
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"ent_coef"}
+    may_be_zero: ClassVar[frozenset[str]] = AdvantageConfig.may_be_zero | {"ent_coef"}
 
 
 def train(config: PPOConfig, run: "Run") -> None:
@@ -54,7 +54,7 @@ def train(config: PPOConfig, run: "Run") -> None:
 
 
 def evaluate(config: PPOConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, PPO(config, run.seed))
+    evaluation.evaluate(config, run, PPO(config, run.seed))
 
 
 class PPO(Learner):
@@ -74,8 +74,8 @@ class PPO(Learner):
             values_TN = self.critic(torch.from_numpy(fragment.observations)).numpy()
         steps = batch(fragment, values_TN, config)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", self.round))
-        epochs = 0
-        while epochs < config.epochs and (kl := self._kl(steps)) <= config.max_kl:
+        epochs, kl = 0, 0.0
+        while epochs < config.epochs and kl <= config.max_kl:
             for chosen in torch.randperm(len(steps.actions), generator=generator).split(config.minibatch):
                 pi = self.policy(steps.observations[chosen])
                 log_ratios = pi.log_prob(steps.actions[chosen]) - steps.log_probs[chosen]
@@ -84,7 +84,7 @@ class PPO(Learner):
                 value_loss = (self.critic(steps.observations[chosen]) - steps.targets[chosen]).square().mean()
                 loss = -objective - config.ent_coef * entropy + value_loss  # the networks share nothing
                 descend(self.optimizers["adam"], loss, config.max_grad_norm)
-            epochs += 1
+            epochs, kl = epochs + 1, self._kl(steps)
         return {
             "train/policy_loss": -objective.item(),
             "train/value_loss": value_loss.item(),

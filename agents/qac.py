@@ -5,7 +5,9 @@
       actor:   one step along (Q(s, a) - E_a~π[Q(s, a)]) · ∇log π(a|s)
 
 The policy gradient theorem asks for Q(s, a) ∇log π(a|s). Subtracting the state's mean of Q changes nothing in
-expectation and much in variance; it is exact for discrete actions and a sampled mean for continuous ones.
+expectation and much in variance; it is exact for discrete actions and a sampled mean for continuous ones. What is left
+is divided by its standard deviation over the environments (not centred: the state's mean was), so that the size of the
+rewards is not that of the actor's steps; one alone stays as it is.
 
 a' exists for every step: at the end of an episode that a time limit cut, the policy has drawn one for the true final
 observation, though it is not played; for the last step of a fragment it is drawn here.
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import Learner, OnPolicyConfig, adam, descend, initial_weights, make_policy
 from agents.rollout import Fragment
 from envs.control.spaces import ControlSpaces, DiscreteActions
@@ -53,7 +55,7 @@ def train(config: QACConfig, run: "Run") -> None:
 
 
 def evaluate(config: QACConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, QAC(config, run.seed))
+    evaluation.evaluate(config, run, QAC(config, run.seed))
 
 
 class QAC(Learner):
@@ -96,7 +98,8 @@ class QAC(Learner):
         pi = self.policy(observations)
         with torch.no_grad():
             advantages = q.detach() - self.critic.mean(observations, pi, self.generator)
-            advantages /= advantages.std(correction=0) + 1e-3
+            if len(advantages) > 1:  # one has no spread, and would count a thousandfold
+                advantages /= advantages.std(correction=0) + 1e-3
         policy_loss = -(advantages * pi.log_prob(actions)).mean()
         entropy = pi.entropy().mean()
         loss = policy_loss - self.config.ent_coef * entropy + value_loss  # the networks share nothing

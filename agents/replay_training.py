@@ -10,7 +10,6 @@ no environments and no noise in it, and a resumed run repeats an uninterrupted o
 Shapes: B transitions, A numbers an action, S gradient steps, K numbers of noise.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from agents.checkpoint import load_networks, networks_state, refuse_infinite, refuse_other_environment
+from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
+from agents.clock import Clock
 from agents.config import ControlConfig
-from agents.evaluation import evaluate_checkpoint, play_episodes
+from agents.evaluation import catch_up, evaluate_and_save
 from agents.experience import Experience, ExperienceWorker
 from agents.graphed_step import GraphedStep
 from agents.noise import OrnsteinUhlenbeck
@@ -78,20 +78,33 @@ class ReplayConfig(ControlConfig):
     eval_every: int = 10_000
     log_every: int = 1_000
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"learning_starts", "noise_std", "target_noise"})
-    at_most_one: ClassVar[frozenset[str]] = frozenset({"gamma", "tau"})
+    may_be_zero: ClassVar[frozenset[str]] = ControlConfig.may_be_zero | {"learning_starts", "noise_std", "target_noise"}
+    at_most_one: ClassVar[frozenset[str]] = ControlConfig.at_most_one | {"tau"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_starts >= self.steps:
+            raise UserError(
+                f"--learning-starts is {self.learning_starts}: with --steps {self.steps} nothing would be learnt; "
+                "begin earlier or play longer"
+            )
 
 
 def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
     """Metrics are logged by environment steps; `eval/...` in summary.json are those of the last policy."""
     files = ReplayFiles(run.directory / "replay")
-    workers = start_workers(config, run, learner)
+    workers = learner.start_workers(run)
+
+    def everything() -> dict[str, Any]:
+        return learner.state() | {"replay": files.save(learner.replay)}
+
     state = run.restore()
     if state is not None:
         learner.load_state(state)
         files.restore(learner.replay, state["replay"])
-    pipeline = Pipeline(workers, "experience", config.worker_timeout_s, in_order=True)
-    clock = Clock(learner, workers)
+        catch_up(config, run, workers, learner, state, everything)
+    pipeline = Pipeline(workers, "experience", config.worker_timeout_s, ahead=0)
+    clock = Clock(learner, workers, "env_steps", "gradient_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
         for worker in range(len(workers)):
@@ -106,29 +119,9 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
             metrics |= learner.learn()
             if pipeline and learner.env_steps // config.log_every > before // config.log_every:
                 run.log(learner.env_steps, metrics | clock.rates(), config.steps)
-        metrics |= clock.rates()
-        seed = derive_seed(run.seed, "evaluation", learner.round)
-        metrics |= play_episodes(config, workers, learner.snapshot(), seed).metrics()
-        run.log(learner.env_steps, metrics, config.steps)
-        state = learner.state() | {"replay": files.save(learner.replay)}
-        run.save(learner.env_steps, state, score=metrics["eval/return_mean"])
-        run.summarize({name: value for name, value in metrics.items() if name.startswith("eval/")})
-        clock.restart()  # evaluating and saving are not counted
-
-
-def evaluate(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
-    """Play `eval_episodes` episodes of the policy of the run's checkpoint, without noise and with it."""
-    state = run.restore()
-    if state is None:
-        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
-    learner.load_state(state)
-    evaluate_checkpoint(config, run, start_workers(config, run, learner), learner.snapshot())
-
-
-def start_workers(config: ReplayConfig, run: "Run", learner: "Learner") -> "ActorGroup":
-    policy = learner.actor.numpy_policy
-    rollout = RolloutConfig(config.env, config.envs_per_worker, policy, run.seed, config.gamma, config.step_timeout_s)
-    return run.actors(ExperienceWorker, config.workers, {"cpu": 1}, rollout, learner.noise, name="rollout")
+                clock.restart()
+        evaluate_and_save(config, run, workers, learner, metrics | clock.rates(), everything)
+        clock.restart()
 
 
 class Learner(ABC):
@@ -165,6 +158,12 @@ class Learner(ABC):
     def update(self, batch: Transitions, noise_KBA: Tensor) -> dict[str, Tensor]:
         """Gradient step number `gradient_steps`. Returns scalars, logged under `train/`. noise: standard normal."""
 
+    def start_workers(self, run: "Run") -> "ActorGroup":
+        env, envs, policy = self.config.env, self.config.envs_per_worker, self.actor.numpy_policy
+        gamma, limit = self.config.gamma, self.config.step_timeout_s
+        rollout = RolloutConfig(env, envs, policy, run.seed, gamma, limit, self.noise)
+        return run.actors(ExperienceWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
+
     def phase(self) -> int:
         """Steps with the same number do the same, each with its own batch and noise."""
         return 0
@@ -192,7 +191,8 @@ class Learner(ABC):
         self.lag = 0 if played_by is None else self.gradient_steps - played_by
 
     def learn(self) -> dict[str, float]:
-        """The gradient steps that the environment steps so far allow. Raises UserError if a loss is not finite."""
+        """The gradient steps that the environment steps so far allow. Raises UserError if a loss or a weight is not
+        finite."""
         config = self.config
         due = int(config.updates_per_step * (self.env_steps - config.learning_starts)) - self.gradient_steps
         remaining = max(0.0, 1 - self.env_steps / config.steps) if config.lr_schedule == "linear" else 1
@@ -207,7 +207,7 @@ class Learner(ABC):
                 for name, value in self._step(positions_B, noise_KBA).items():
                     figures.setdefault(name, []).append(value)
         metrics = {f"train/{name}": torch.stack(values).mean().item() for name, values in figures.items()}
-        refuse_infinite(metrics, self.env_steps)
+        refuse_infinite(metrics, self.networks, self.env_steps)
         metrics |= {"train/gradient_steps": self.gradient_steps, "train/policy_lag": self.lag}
         return metrics | ({"train/return_mean": float(np.mean(self.returns))} if self.returns else {})
 
@@ -231,7 +231,7 @@ class Learner(ABC):
 
     def state(self) -> dict[str, Any]:
         return {
-            "env": self.config.env,
+            **policy_state(self.config),
             "env_steps": self.env_steps,
             "gradient_steps": self.gradient_steps,
             "round": self.round,
@@ -240,8 +240,9 @@ class Learner(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Everything but the replay buffer. Raises UserError for a checkpoint of another environment or network."""
-        refuse_other_environment(state, self.config.env)
+        """Everything but the replay buffer. Raises UserError for a checkpoint of another environment, policy or
+        network."""
+        refuse_other_policy(state, self.config)
         load_networks(state, self.networks, self.optimizers, self.config.hidden)
         self.env_steps, self.gradient_steps, self.round = (state[k] for k in ("env_steps", "gradient_steps", "round"))
         self.returns.extend(state["returns"])
@@ -261,25 +262,3 @@ def bounded_actions(space: Any, env_id: str) -> int:
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
         raise UserError(f"{env_id} has actions without bounds, and this agent's lie between two: wrap the environment")
     return space.size
-
-
-class Clock:
-    """Speeds since the last look."""
-
-    def __init__(self, learner: Learner, workers: "ActorGroup") -> None:
-        self.learner, self.workers = learner, workers
-        self.restart()
-
-    def restart(self) -> None:
-        self.at, self.env_steps = time.perf_counter(), self.learner.env_steps
-        self.gradient_steps = self.learner.gradient_steps
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.at
-        rates = {
-            "time/env_steps_per_s": (self.learner.env_steps - self.env_steps) / seconds,
-            "time/gradient_steps_per_s": (self.learner.gradient_steps - self.gradient_steps) / seconds,
-            "run/actor_restarts": float(self.workers.restarts),
-        }
-        self.restart()
-        return rates

@@ -6,28 +6,24 @@ pass is numpy: on networks this small torch takes several times as long.
 Shapes: T steps, N environments, D numbers an observation, A numbers an action, K numbers the policy's network gives.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from agents.moments import Moments, Normalizer
+from agents.noise import OrnsteinUhlenbeck
 from agents.step_limit import StepLimit
 from envs.control.spaces import BoxActions
 from envs.control.vector_env import ControlEnv
 from models.control.numpy_policies import NumpyPolicy
 from models.seeding import derive_seed
 
-if TYPE_CHECKING:
-    from launch.run import ActorGroup
-
 EVALUATION_ENVS = 64  # at most, in one vector environment
 NOISE_STEPS = 64  # for which an evaluation draws noise at once
-ATTEMPTS = 5  # at one call, each on a worker that was started anew
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,8 @@ class Snapshot:
 class Fragment:
     """T steps of N environments. Where `valid` is false the step is an autoreset dummy and counts for nothing.
 
-    observations[t+1] is what step t led to: at the end of an episode its final observation. Observations are as the
-    policy saw them, normalised if it has a normaliser; rewards are the environment's.
+    observations[t+1] is what step t led to: at the end of an episode its final observation. Observations and rewards
+    are the environment's, before any normalisation.
     """
 
     observations: np.ndarray  # (T+1, N, D) float32
@@ -56,7 +52,7 @@ class Fragment:
     valid: np.ndarray  # (T, N) bool
     versions: np.ndarray  # (N,) int64, of the snapshot that played
     episode_returns: np.ndarray  # (E,) float32, of the episodes that ended, in order
-    observation_moments: Moments  # of the valid observations before normalisation; empty if there is no normaliser
+    observation_moments: Moments  # of the valid observations; empty if the policy has no normaliser
     return_moments: Moments  # of the discounted sum of rewards so far, at each valid step
 
     def steps(self, begin: int, end: int) -> "Fragment":
@@ -84,7 +80,11 @@ def join(fragments: Sequence[Fragment]) -> Fragment:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What a worker plays, and how. policy: makes the numpy policy of a snapshot's flat weights."""
+    """What a worker plays, and how.
+
+    policy: makes the numpy policy of a snapshot's flat weights. noise: what the policy's noise goes through, from step
+    to step of an episode; None leaves it independent.
+    """
 
     env: str
     num_envs: int
@@ -92,6 +92,7 @@ class RolloutConfig:
     seed: int
     gamma: float  # of `return_moments`
     step_timeout_s: float
+    noise: OrnsteinUhlenbeck | None = None
 
 
 class RolloutWorker:
@@ -104,6 +105,7 @@ class RolloutWorker:
         self.done = np.zeros(config.num_envs, bool)
         self.returns = np.zeros(config.num_envs, np.float32)
         self.discounted = np.zeros(config.num_envs, np.float32)
+        self.under_way: Iterator[Any] | None = None  # an evaluation or a film, from one call to the next
 
     def collect(self, snapshot: Snapshot, steps: int, round: int, restart: bool) -> Fragment:
         """Play `steps` steps of each environment, going on where the last call stopped.
@@ -150,7 +152,7 @@ class RolloutWorker:
         self.observations = observations[steps].copy()
         played = np.stack(actions)
         return Fragment(
-            observations=observations if normalizer is None else normalizer(observations),
+            observations=observations,
             actions=played,
             log_probs=policy.log_probs(np.stack(outputs), played),
             rewards=rewards,
@@ -173,27 +175,47 @@ class RolloutWorker:
             self.discounted[done[t]] = 0
         return Moments.of(sums[valid][:, None])
 
-    def evaluate(self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate(
+        self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool, slice_s: float
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns and lengths (episodes,) of the policy, greedy or sampled, on environments of their own.
 
         Each environment plays a number of episodes that is fixed beforehand: the first `episodes` to end would be too
         many short ones. The normaliser is that of the snapshot throughout.
+
+        After `slice_s` seconds it returns None, and the same call again goes on: a time limit on a call then asks
+        whether the worker lives, and not how long its episodes are. The results do not depend on it.
         """
+        return self._go_on(self._evaluation(snapshot, episodes, seed, greedy, slice_s))
+
+    def _evaluation(
+        self, snapshot: Snapshot, episodes: int, seed: int, greedy: bool, slice_s: float
+    ) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
         if episodes == 0:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
+            yield np.empty(0, np.float32), np.empty(0, np.int64)
+            return
         env = ControlEnv(self.config.env, n := min(episodes, EVALUATION_ENVS))
         try:
             left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-            played = play(env, self.config, snapshot, left, derive_seed(seed, "evaluation", self.index), greedy)
+            seed = derive_seed(seed, "evaluation", self.index)
+            played = yield from play(env, self.config, snapshot, left, seed, greedy, slice_s)
         finally:
             env.close()
-        return np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
+        yield np.array([r for r, _ in played], np.float32), np.array([length for _, length in played])
 
-    def film(self, snapshot: Snapshot, seed: int) -> bytes:
-        """One greedy episode as an animated GIF."""
+    def film(self, snapshot: Snapshot, seed: int, slice_s: float) -> bytes | None:
+        """One greedy episode as an animated GIF. None after `slice_s` seconds, as `evaluate`."""
         from agents.video import film_episode
 
-        return film_episode(self.config, snapshot, seed)
+        return self._go_on(film_episode(self.config, snapshot, seed, slice_s))
+
+    def _go_on(self, afresh: Iterator[Any]) -> Any:
+        """With what is under way, or else `afresh`. Whatever that raises ends it."""
+        going, self.under_way = self.under_way or afresh, None
+        found = next(going)
+        if found is None:
+            self.under_way = going
+        return found
 
     def _seed(self, purpose: str, round: int) -> int:
         return derive_seed(self.config.seed, purpose, self.index, round)
@@ -203,37 +225,56 @@ class RolloutWorker:
 
 
 def play(
-    env: ControlEnv, config: RolloutConfig, snapshot: Snapshot, episodes: np.ndarray, seed: int, greedy: bool
-) -> list[tuple[float, int]]:
-    """Play episodes[i] episodes of environment i. Returns (return, length) of each, in the order they ended."""
+    env: ControlEnv,
+    config: RolloutConfig,
+    snapshot: Snapshot,
+    episodes: np.ndarray,
+    seed: int,
+    greedy: bool,
+    slice_s: float,
+) -> Generator[None, None, list[tuple[float, int]]]:
+    """Play episodes[i] episodes of environment i. Returns (return, length) of each, in the order they ended, and stops
+    on the way whenever it has played for `slice_s` seconds."""
     policy, normalizer = config.policy(snapshot.weights), snapshot.normalizer
     to_env, rng = env_actions(env, policy), np.random.default_rng(seed)
     left, played = episodes.copy(), []
     running, length = np.zeros(env.num_envs), np.zeros(env.num_envs, np.int64)
     done = np.zeros(env.num_envs, bool)
-    with StepLimit(config.env, config.step_timeout_s) as limit:
+    pushed = np.zeros((env.num_envs, 1), np.float32)  # the state of config.noise; (N, A) from its first step on
+    limit, t = StepLimit(config.env, config.step_timeout_s), 0
+    with limit:
         observations = env.reset(seed)
-        t = 0
-        while left.any():
-            outputs = policy(observations if normalizer is None else normalizer(observations))
-            if greedy:
-                actions = policy.greedy(outputs)
-            else:
-                if t % NOISE_STEPS == 0:
-                    noise = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
-                actions = policy.act(outputs, noise[t % NOISE_STEPS])
-            t += 1
-            length += ~done
-            limit.begin()
-            observations, rewards, terminated, truncated = env.step(to_env(actions))
-            env.check(observations, rewards)
-            running += rewards
-            done = terminated | truncated
-            if done.any():
-                counted = done & (left > 0)
-                played += list(zip(running[counted].tolist(), length[counted].tolist()))
-                left -= counted
-                running[done], length[done] = 0, 0
+    while left.any():
+        until = time.monotonic() + slice_s
+        with limit:
+            while left.any():
+                outputs = policy(observations if normalizer is None else normalizer(observations))
+                if greedy:
+                    actions = policy.greedy(outputs)
+                else:
+                    if t % NOISE_STEPS == 0:
+                        drawn = policy.noise(rng, (NOISE_STEPS, *outputs.shape))
+                    noise = drawn[t % NOISE_STEPS]
+                    if config.noise is not None:
+                        noise = pushed = config.noise.step(pushed, noise)
+                    actions = policy.act(outputs, noise)
+                t += 1
+                length += ~done
+                limit.begin()
+                observations, rewards, terminated, truncated = env.step(to_env(actions))
+                env.check(observations, rewards)
+                running += rewards
+                done = terminated | truncated
+                if done.any():
+                    counted = done & (left > 0)
+                    played += list(zip(running[counted].tolist(), length[counted].tolist()))
+                    left -= counted
+                    running[done], length[done] = 0, 0
+                    pushed[done] = 0  # noise, too, begins anew with each episode
+                if time.monotonic() > until:
+                    break
+        if left.any():
+            yield  # with no alarm set: who knows when it goes on
     return played
 
 
@@ -244,23 +285,3 @@ def env_actions(env: ControlEnv, policy: NumpyPolicy) -> Callable[[np.ndarray], 
         assert isinstance(space, BoxActions)
         return lambda actions: space.to_env(space.from_unit(actions))
     return space.to_env
-
-
-def call_each(workers: "ActorGroup", method: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Any]:
-    """Call worker i with arguments[i], all at once; return the results in the workers' order.
-
-    A call whose worker died is repeated on the worker that replaced it. Raises ConnectionError after ATTEMPTS deaths.
-    """
-    waiting: deque[tuple[int, int, Future[Any]]] = deque(
-        (i, 1, workers.call(i, method, *arguments[i], timeout_s=timeout_s)) for i in range(len(workers))
-    )
-    results: list[Any] = [None] * len(workers)
-    while waiting:
-        i, attempt, future = waiting.popleft()
-        try:
-            results[i] = future.result()
-        except ConnectionError:
-            if attempt == ATTEMPTS:
-                raise
-            waiting.append((i, attempt + 1, workers.call(i, method, *arguments[i], timeout_s=timeout_s)))
-    return results

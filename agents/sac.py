@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from agents import replay_training
+from agents import evaluation, replay_training
 from agents.on_policy import initial_weights
 from agents.replay import Transitions
 from agents.replay_training import Learner, ReplayConfig
@@ -43,7 +43,7 @@ def train(config: SACConfig, run: "Run") -> None:
 
 
 def evaluate(config: SACConfig, run: "Run") -> None:
-    replay_training.evaluate(config, run, SAC(config, run.seed, run.device))
+    evaluation.evaluate(config, run, SAC(config, run.seed, run.device))
 
 
 class Temperature(nn.Module):

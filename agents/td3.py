@@ -11,12 +11,12 @@ As in agents/ddpg.py both gradients are taken at the weights before the step.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from agents import replay_training
+from agents import evaluation, replay_training
 from agents.on_policy import initial_weights
 from agents.replay import Transitions
 from agents.replay_training import Learner, ReplayConfig
@@ -35,6 +35,8 @@ class TD3Config(ReplayConfig):
     target_noise: float = 0.2
     target_noise_clip: float = 0.5
 
+    of_the_policy: ClassVar[tuple[str, ...]] = ("activation", "noise_std")
+
 
 def train(config: TD3Config, run: "Run") -> None:
     """The `td3` job."""
@@ -42,7 +44,7 @@ def train(config: TD3Config, run: "Run") -> None:
 
 
 def evaluate(config: TD3Config, run: "Run") -> None:
-    replay_training.evaluate(config, run, TD3(config, run.seed, run.device))
+    evaluation.evaluate(config, run, TD3(config, run.seed, run.device))
 
 
 class TD3(Learner):

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from agents import on_policy
+from agents import evaluation, on_policy
 from agents.on_policy import (
+    AdvantageConfig,
     Batch,
     Learner,
-    OnPolicyConfig,
     adam,
     batch,
     explained_variance,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TRPOConfig(OnPolicyConfig):
+class TRPOConfig(AdvantageConfig):
     envs_per_worker: int = 8
     n_steps: int = 128
     gae_lambda: float = 0.98
@@ -61,7 +61,7 @@ class TRPOConfig(OnPolicyConfig):
     critic_epochs: int = 10
     critic_batch: int = 128
 
-    may_be_zero: ClassVar[frozenset[str]] = OnPolicyConfig.may_be_zero | {"cg_damping"}
+    may_be_zero: ClassVar[frozenset[str]] = AdvantageConfig.may_be_zero | {"cg_damping"}
 
 
 def train(config: TRPOConfig, run: "Run") -> None:
@@ -69,7 +69,7 @@ def train(config: TRPOConfig, run: "Run") -> None:
 
 
 def evaluate(config: TRPOConfig, run: "Run") -> None:
-    on_policy.evaluate(config, run, TRPO(config, run.seed))
+    evaluation.evaluate(config, run, TRPO(config, run.seed))
 
 
 class TRPO(Learner):

@@ -1,6 +1,7 @@
 """An episode to look at, as an animated GIF."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,14 +13,15 @@ FRAMES_PER_S = 25  # at most; what a browser shows without stutter
 LARGEST_SIDE = 400  # pixels
 
 
-def film_episode(config: RolloutConfig, snapshot: Snapshot, seed: int) -> bytes:
-    """Play one episode greedily and return the file. Raises UserError if it cannot be drawn."""
+def film_episode(config: RolloutConfig, snapshot: Snapshot, seed: int, slice_s: float) -> Iterator[bytes | None]:
+    """Play one episode greedily. Yields None after each `slice_s` seconds, then the file. Raises UserError if it cannot
+    be drawn."""
     env = FilmedEnv(config.env)
     try:
-        play(env, config, snapshot, np.array([1]), seed, greedy=True)
+        yield from play(env, config, snapshot, np.array([1]), seed, greedy=True, slice_s=slice_s)
     finally:
         env.close()
-    return animated_gif(env.frames, env.frames_per_s)
+    yield animated_gif(env.frames, env.frames_per_s)
 
 
 class FilmedEnv(ControlEnv):

@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from benchmarks.record import describe_machine, write_result
-from benchmarks.training_run import folder_or_archive, follow
+from benchmarks.training_run import folder_or_archive, follow, last_evaluation
 from envs.vision.shipped_weights import WEIGHTS
 from launch.config import read_recipe
 from models.diffusion.folder import load_folder, save_folder
@@ -61,7 +61,8 @@ def main(config: Config) -> None:
     if config.detector:
         evaluate = [sys.executable, "-m", "launch", "evaluate", "run", "--runs-dir", str(runs_dir)]
         flags = ["--backend", config.backend, "--detector", str(config.detector)]
-        ours |= evaluated(follow([*evaluate, *flags], runs_dir, "run")[1])
+        follow([*evaluate, *flags], runs_dir, "run")
+        ours |= evaluated(last_evaluation(runs_dir / "run"))
         keep(config, runs_dir, ours)
     write_result(config.output, "diffusion_scenes", ours)
     print(json.dumps(ours, indent=1), flush=True)
@@ -105,13 +106,13 @@ def train(config: Config, runs_dir: Path) -> dict[str, Any]:
         "autoencoder_steps_per_s": steps_per_s(entries, "autoencoder/error", 8 if config.toy else 64),
         "steps_per_s": steps_per_s(entries, "train/denoising_loss", 16 if config.toy else 256),
         "unet_widths": sizes["block_out_channels"],
-        **evaluated(summary),
+        **evaluated(summary["metrics"]),
         "machine": describe_machine(),
     }
 
 
-def evaluated(summary: dict[str, Any]) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in summary["metrics"].items() if key.startswith("eval/")}
+def evaluated(figures: dict[str, Any]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in figures.items() if key.startswith("eval/")}
 
 
 def steps_per_s(entries: list[dict[str, Any]], metric: str, batch_size: int) -> float:

@@ -38,6 +38,11 @@ def follow(command: Sequence[str], runs_dir: Path, name: str) -> tuple[list[dict
     return entries, json.loads((runs_dir / name / "summary.json").read_text())
 
 
+def last_evaluation(run: Path) -> dict[str, Any]:
+    """What the latest `longstride evaluate` of the run found."""
+    return json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+
+
 def quietly(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """Run a command and return what it said. Raises SystemExit with the end of that if it fails."""
     process = subprocess.Popen(

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from benchmarks.record import write_result
-from benchmarks.training_run import quietly, share_of_cores, side_by_side
+from benchmarks.training_run import last_evaluation, quietly, share_of_cores, side_by_side
 from envs.vision.denoise import ACTIONS, DETECTOR_VARIABLE, MAX_GUIDANCE, MODEL_VARIABLE
 from envs.vision.detect import CENTRES, EYE_VARIABLE, STOP
 from envs.vision.settings import DEVICE_VARIABLE, SPLIT_VARIABLE
@@ -190,8 +190,7 @@ def trained(config: Config, agent: str, name: str, seed: int) -> float:
         launch(config, train, split="train")
         evaluate = ["evaluate", "run", "--backend", "local", "--eval-episodes", str(config.episodes), *common]
         launch(config, evaluate, split="heldout")
-        summary = json.loads((Path(runs_dir) / "run" / "summary.json").read_text())
-    return round(summary["metrics"]["eval/return_mean"], 4)
+        return round(last_evaluation(Path(runs_dir) / "run")["eval/return_mean"], 4)
 
 
 def launch(config: Config, arguments: list[str], split: str) -> None:

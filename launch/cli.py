@@ -8,13 +8,12 @@ longstride runs
 longstride inspect CONFIG_OR_MODEL_FOLDER [--depth N] [--width N] [--vary FIELD=VALUE,VALUE] [...]
 longstride doctor
 
-RUN is the name of a run under --runs-dir, the path of a run directory, or `latest`. `longstride train JOB --help`
-lists a job's settings.
+RUN is the name of a run under --runs-dir (NAME/seed-0 of several seeds), the path of a run directory, or `latest`, the
+single run that was started last. `longstride train JOB --help` lists a job's settings.
 """
 
 import dataclasses
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,7 +28,8 @@ from launch import jobs
 from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
 from launch.console import RunConsole
 from launch.exit_codes import INTERRUPTED, USER_ERROR
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
+from launch.run_table import show_runs
 from models.errors import UserError, nearest
 
 
@@ -79,7 +79,9 @@ def train(arguments: Sequence[str]) -> int:
             RunDirectory.free(config.run.runs_dir, config.run.name)
         job.trainer()
         if check := job.checker():
-            check(config.job)
+            from launch.dry_run import rehearse
+
+            rehearse(check, config.job, config.run)
         RunConsole(name).print(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
         _print_plan(name, job, config)
         return 0
@@ -97,7 +99,7 @@ def train(arguments: Sequence[str]) -> int:
         return _run(name, trainer, config, directory, None)
     except UserError:
         if not directory.has_begun():
-            shutil.rmtree(directory.root)  # nothing was trained: the name is free for the corrected command
+            directory.discard()  # nothing was trained: the name is free for the corrected command
         raise
 
 
@@ -107,7 +109,8 @@ def sweep(arguments: Sequence[str]) -> int:
 
     job, config, entries = _configured("sweep", name, flags, SweepOptions)
     _check_device(config.run)
-    folder = config.run.runs_dir / (config.run.name or _free_name(config.run.runs_dir, f"sweep-{name}"))
+    runs_dir = config.run.runs_dir
+    folder = folder_to_fill(runs_dir, config.run.name or _free_name(runs_dir, f"sweep-{name}"), "sweep.yaml")
     shared = {key: value for key, value in entries.items() if key not in ("job", "name", "runs_dir")}
     combined = combine("Trial", run=RunConfig, job=job.config_class())
     space = read_space(config.options.space, shared, lambda trial: apply_entries(combined, trial, config.options.space))
@@ -124,12 +127,17 @@ def resume(arguments: Sequence[str]) -> int:
     job_name, job, config = _stored_config(directory)
     _check_device(config.run)
     directory.lock()  # before looking for the newest checkpoint, so that nobody writes a newer one
-    if directory.read_summary().get("status") == "finished":
-        directory.unlock()
-        raise UserError(f"{directory.root} is finished already: see its summary.json, or train under another --name")
-    from launch.checkpoint import CheckpointStore
+    from launch.resumption import checkpoint_to_resume
 
-    checkpoint = CheckpointStore(directory.checkpoints, config.run.keep_checkpoints).newest()
+    try:
+        if directory.read_summary().get("status") == "finished":
+            raise UserError(
+                f"{directory.root} is finished already: see its summary.json, or train under another --name"
+            )
+        checkpoint = checkpoint_to_resume(directory)
+    except UserError:
+        directory.unlock()
+        raise
     return _run(job_name, job.trainer(), config, directory, checkpoint)
 
 
@@ -137,16 +145,16 @@ def evaluate(arguments: Sequence[str]) -> int:
     target, flags = _positional("evaluate", "RUN_OR_CHECKPOINT", arguments)
     from launch.checkpoint import CheckpointStore, read
 
-    path = Path(target)
+    path = Path(target).resolve()  # also from within the run's directory
     if path.parent.name == "checkpoints" and path.is_dir():
-        directory = RunDirectory.open(path.parent.parent.parent, path.resolve().parent.parent.name)
+        directory = RunDirectory.open(path.parent.parent.parent, path.parent.parent.name)
         try:
             checkpoint = read(path)
             damage = checkpoint.damage()
         except ValueError as error:
             damage = str(error)
         if damage:
-            raise UserError(f"the checkpoint {path} cannot be used: {damage}")
+            raise UserError(f"the checkpoint {target} cannot be used: {damage}")
     else:
         directory = RunDirectory.open(_runs_dir("evaluate", flags, in_part=True), target)
         newest = CheckpointStore(directory.checkpoints, keep=1).newest()
@@ -161,29 +169,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     from launch.execution import execute
     from launch.runtime import EvaluationRuntime
 
-    return execute(evaluator, config.job, EvaluationRuntime(name, config.run, directory, checkpoint))
+    return execute(evaluator, config.job, EvaluationRuntime(name, config.run, directory, checkpoint, flags))
 
 
 def runs(arguments: Sequence[str]) -> int:
-    rows = []
-    for directory in RunDirectory.all(_runs_dir("runs", arguments)):
-        try:
-            rows.append(_row(directory))
-        except UserError as error:  # of one damaged run, which must not hide the others
-            rows.append([directory.name, "", "damaged", "", str(error)])
-    RunConsole("runs").table("runs", ["run", "job", "status", "step", "metric"], rows)
+    show_runs(_runs_dir("runs", arguments))
     return 0
-
-
-def _row(directory: RunDirectory) -> list[str]:
-    summary = directory.read_summary()
-    status = summary.get("status", "killed")
-    if status == "running" and not directory.is_live():
-        status = "killed"
-    if not summary and directory.summary.exists():
-        raise UserError("summary.json holds no summary")
-    metric = next((f"{name} {value:.4g}" for name, value in reversed(summary.get("metrics", {}).items())), "")
-    return [directory.name, str(directory.read_config()["job"]), status, str(summary.get("steps", 0)), metric]
 
 
 def inspect(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ class Job:
     extra: str = ""
     """The extra of this package that the job needs to be installed."""
     check: str = ""
-    """A function `(config) -> None` that a dry run calls; raises UserError for what the start of a run would refuse."""
+    """A function `(config, run)` for dry runs: it refuses what `train` refuses before its first actor, and ends there."""
 
     def config_class(self) -> type:
         return self._load(self.config)
@@ -48,7 +48,7 @@ class Job:
                 ) from error
             raise
 
-    def checker(self) -> Callable[[Any], None] | None:
+    def checker(self) -> Callable[[Any, Any], None] | None:
         return self._load(self.check) if self.check else None
 
     def plan(self, config: Any, device: str) -> list[tuple[str, int, float, float, float]]:
@@ -68,8 +68,10 @@ def _control(module: str, config: str) -> Job:
 
 JOBS: dict[str, Job] = {
     # language models
-    "reason": Job("llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate"),
-    "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train"),
+    "reason": Job(
+        "llm_rl.config:ReasonConfig", "llm_rl.reason:train", "llm_rl.reason:evaluate", check="llm_rl.reason:check"
+    ),
+    "sft": Job("llm_rl.config:SFTJobConfig", "llm_rl.sft:train", check="llm_rl.sft:check"),
     # control
     "qac": _control("agents.qac", "QACConfig"),
     "a2c": _control("agents.a2c", "A2CConfig"),
@@ -83,7 +85,7 @@ JOBS: dict[str, Job] = {
     "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
     "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
     "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
-    "detr-rl": Job("agents.vision.detr_rl:DetrRLConfig", "agents.vision.detr_rl:train", extra="vision"),
+    "detr-rl": _in("agents.vision.detr_rl", "DetrRLConfig", "vision"),
 }
 
 

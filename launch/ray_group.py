@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from launch.autopsy import BirthRecord, cause_of_death, last_lines
 from launch.local_group import with_actor_index
 from launch.ray_host import Host
-from launch.run import ActorDied
+from launch.run import ActorDied, CallTimedOut
 
 START_LIMIT_S = 600.0  # for each of: finding a place, building the actor, repeating one sticky call
 STARTS = 3  # deaths in a row before an actor is ready, after which the group gives it up
@@ -283,9 +283,10 @@ class RayGroup:
             if call.timeout_s is None or call.started is None or time.monotonic() - call.started < call.timeout_s:
                 continue
             cause = f"{call.method or 'its start'} ran past its limit of {call.timeout_s:g} s"
-            self._bury(actor, life, cause, again=call not in life.setup)  # a start that took this long is not repeated
+            # a start that took this long is not repeated
+            self._bury(actor, life, cause, again=call not in life.setup, overdue=call)
 
-    def _bury(self, actor: _Actor, life: _Life, cause: str, again: bool = True) -> None:
+    def _bury(self, actor: _Actor, life: _Life, cause: str, again: bool = True, overdue: _Call | None = None) -> None:
         """Make sure that a process is gone, start the next one, and let the lost calls fail."""
         _end(life)
         lost = life.pending[0].method if life.pending else ""
@@ -303,7 +304,7 @@ class RayGroup:
         self._announce(f"{actor.label} died: {cause}. {'Given up' if actor.given_up else 'Replaced'}; see {actor.log}")
         for call in lost_calls:
             if not call.future.done():
-                call.future.set_exception(error)
+                call.future.set_exception(CallTimedOut(str(error)) if call is overdue else error)
 
     def _fail_pending(self, actor: _Actor, error: ActorDied) -> None:
         if actor.life is None:

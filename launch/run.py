@@ -21,6 +21,13 @@ class ActorDied(ConnectionError):
     """
 
 
+class CallTimedOut(ActorDied, TimeoutError):
+    """A call ran past its own time limit. Trainers catch it as the built-in `TimeoutError`, before `ConnectionError`.
+
+    The calls that waited behind it raise `ActorDied`: their time had not begun.
+    """
+
+
 class Shared(Protocol):
     """An object put once for all actors by `Run.share`, or left in place by a call with `share_result=True`.
 
@@ -49,9 +56,9 @@ class ActorGroup(Protocol):
     ) -> "Future[Any]":
         """Call one actor. Calls to the same actor run in the order they were made.
 
-        An exception raised by the method is raised by the Future with its own type. A dead actor or an expired time
-        limit raises `ActorDied`. With `share_result` the Future holds a `Shared` handle and the result does not
-        travel through the driver.
+        An exception raised by the method is raised by the Future with its own type. A dead actor raises `ActorDied`,
+        an expired time limit `CallTimedOut`. With `share_result` the Future holds a `Shared` handle and the result does
+        not travel through the driver.
         """
         ...
 
@@ -115,7 +122,9 @@ class Run(Protocol):
         ...
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
-        """Merge final figures into summary.json (written atomically; also after each evaluation)."""
+        """Merge final figures into summary.json (written atomically; also after each evaluation while it trains).
+
+        Those of `longstride evaluate` become a line of evaluations.jsonl instead."""
         ...
 
     def summary_metrics(self) -> dict[str, float]:

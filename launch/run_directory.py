@@ -1,12 +1,15 @@
 """The folder of one run: where each thing is, and who may write to it.
 
-runs/latest -> <name>
-runs/<name>/config.yaml  metrics.jsonl  summary.json  tb/  checkpoints/  rollouts/  images/  logs/
+runs/latest -> <name>                                             (of single runs)
+runs/<name>/config.yaml  metrics.jsonl  summary.json  evaluations.jsonl  tb/  checkpoints/  rollouts/  images/  logs/
+runs/<seeds>/seed-<seed>/  runs/<sweep>/trials/<trial>/           (run directories too)
 """
 
 import fcntl
 import json
 import os
+import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +19,33 @@ import yaml
 from launch.disk import refusals_explained, write_atomically
 from models.errors import UserError, nearest
 
+# What a folder below runs/ holds, by a file in it.
+HOLDS = {
+    "config.yaml": "a run: continue it with `longstride resume {folder}`",
+    "recipe.yaml": "the runs of several seeds: the same command with --seeds goes on with them",
+    "sweep.yaml": "the trials of a sweep: the same command goes on with them",
+}
+
+
+def folder_to_fill(runs_dir: Path, name: str, mark: str) -> Path:
+    """The folder `name`, which need not exist. mark: the file of HOLDS that it may have already, or "".
+
+    Raises UserError if `name` cannot name a folder below `runs_dir`, or if the folder holds something else.
+    """
+    if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
+        raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
+    folder = runs_dir / name
+    with refusals_explained(folder, "use the folder"):
+        held = _held(folder, but=mark)
+    if held:
+        raise UserError(f"{folder} exists already and holds {held}, or choose another --name")
+    return folder
+
+
+def _held(folder: Path, but: str = "") -> str | None:
+    found = [what for file, what in HOLDS.items() if file != but and (folder / file).exists()]
+    return found[0].format(folder=shlex.quote(str(folder))) if found else None
+
 
 class RunDirectory:
     def __init__(self, root: Path) -> None:
@@ -23,12 +53,14 @@ class RunDirectory:
         self.config = root / "config.yaml"
         self.metrics = root / "metrics.jsonl"
         self.summary = root / "summary.json"
+        self.evaluations = root / "evaluations.jsonl"
         self.tensorboard = root / "tb"
         self.checkpoints = root / "checkpoints"
         self.rollouts = root / "rollouts"
         self.images = root / "images"
         self.logs = root / "logs"
         self._lock: TextIO | None = None
+        self._latest_before: str | None = None
 
     @property
     def name(self) -> str:
@@ -37,9 +69,7 @@ class RunDirectory:
     @classmethod
     def free(cls, runs_dir: Path, name: str) -> "RunDirectory":
         """The folder of a run to be. Raises UserError for a name that cannot be one, or is one already."""
-        if not name or name in {".", "..", "latest"} or "/" in name or name.startswith((".", "-")):
-            raise UserError(f"--name {name!r} cannot name a run: use letters, digits, '-', '_' and '.'")
-        directory = cls(runs_dir / name)
+        directory = cls(folder_to_fill(runs_dir, name, ""))
         with refusals_explained(directory.root, "create the run directory"):
             if directory.root.exists():
                 raise _taken(directory.root)
@@ -62,23 +92,26 @@ class RunDirectory:
 
     @classmethod
     def open(cls, runs_dir: Path, name: str) -> "RunDirectory":
-        """Find an existing run by its name under `runs_dir` (also `latest`) or by its path.
+        """Find an existing run by its name under `runs_dir` (also `latest`, or as in `seeds/seed-0`) or by its path.
 
         Raises UserError naming the nearest run if there is none.
         """
         for root in (runs_dir / name, Path(name)):
             if (root / "config.yaml").is_file():
                 return cls(root.resolve())
-        known = [directory.name for directory in cls.all(runs_dir)]
+            if held := _held(root):
+                raise UserError(f"{root} holds {held}; `longstride runs` names each of them")
+        known = [str(directory.root.relative_to(runs_dir)) for directory in cls.all(runs_dir)]
         hint = f"did you mean {nearest(name, known)}?" if known else "there is no run yet"
         raise UserError(f"no run {name!r} under {runs_dir}: {hint}")
 
     @classmethod
     def all(cls, runs_dir: Path) -> "list[RunDirectory]":
-        """Every run, the oldest first."""
-        if not runs_dir.is_dir():
-            return []
-        roots = [path for path in runs_dir.iterdir() if not path.is_symlink() and (path / "config.yaml").is_file()]
+        """Every run, also those of seeds and sweeps, the oldest first."""
+        patterns = ("*/config.yaml", "*/seed-*/config.yaml", "*/trials/*/config.yaml")
+        roots = [path.parent for pattern in patterns for path in runs_dir.glob(pattern)]
+        base = runs_dir.resolve()
+        roots = [root for root in roots if root.resolve() == base / root.relative_to(runs_dir)]  # `latest` is no name
         return [cls(root) for root in sorted(roots, key=lambda root: (root / "config.yaml").stat().st_mtime)]
 
     def read_config(self) -> dict[str, Any]:
@@ -151,15 +184,29 @@ class RunDirectory:
 
     def point_latest(self) -> None:
         """Make runs/latest name this run."""
-        link = self.root.parent / "latest"
-        draft = link.with_name(f".latest.{os.getpid()}")
-        with refusals_explained(link, "create the link"):
+        self._latest_before = os.readlink(self._latest) if self._latest.is_symlink() else None
+        self._link_latest(self.root.name)
+
+    def discard(self) -> None:
+        """Remove the folder of a run that never began; runs/latest then names what it named before."""
+        if self._latest.is_symlink() and os.readlink(self._latest) == self.root.name:
+            if self._latest_before is None:
+                self._latest.unlink()
+            else:
+                self._link_latest(self._latest_before)
+        shutil.rmtree(self.root)
+
+    @property
+    def _latest(self) -> Path:
+        return self.root.parent / "latest"
+
+    def _link_latest(self, target: str) -> None:
+        draft = self._latest.with_name(f".latest.{os.getpid()}")
+        with refusals_explained(self._latest, "create the link"):
             draft.unlink(missing_ok=True)
-            draft.symlink_to(self.root.name)
-            draft.replace(link)
+            draft.symlink_to(target)
+            draft.replace(self._latest)
 
 
 def _taken(root: Path) -> UserError:
-    return UserError(
-        f"{root} exists already: choose another --name, or continue it with `longstride resume {root.name}`"
-    )
+    return UserError(f"{root} exists already: choose another --name")

@@ -1,8 +1,9 @@
 """The Run that trainers receive (the contract is launch/run.py)."""
 
 import json
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,7 @@ class Runtime:
         self._started = time.monotonic()
         self._backend: Backend | None = None
         self._step = self.started_from
+        self._saved = checkpoint.step if checkpoint else None
         self._logged: dict[str, float] = {}
         self._summarized: dict[str, float] = {}
         self._open()
@@ -115,6 +117,7 @@ class Runtime:
                 "seed": self.seed,
                 "steps": self._step,
                 "wall_s": round(self._wall_s(), 3),
+                "checkpoint": self._saved,  # step of the newest: a resume knows from it whether one must be there
                 "metrics": {**self.summary_metrics(), **self._logged, **self._summarized},
             }
         )
@@ -129,6 +132,8 @@ class Runtime:
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
         self._store.save(step, state, score, self._wall_s(), self._metrics.lines)
+        self._saved = step
+        self.summarize({})
 
     def restore(self) -> dict[str, Any] | None:
         return self._checkpoint.load() if self._checkpoint else None
@@ -138,18 +143,19 @@ class Runtime:
     def finish(self, status: str) -> None:
         """Write the last summary and print it: the figures that the trainer summarized, or else the last it logged."""
         self.summarize({}, status)
-        self._report(f"{self.name}: {status} at step {self._step}", self._summarized or self._logged)
+        title = f"{self.name}: {status} at step {self._step}"
+        self._report(title, self._summarized or self._logged, self._files.summary)
         if status == "interrupted":
-            self.console.print(f"continue it with: longstride resume {self.name}")
+            self.console.print(f"continue it with: longstride resume {shlex.quote(str(self.directory))}")
 
-    def _report(self, title: str, figures: Mapping[str, float]) -> None:
+    def _report(self, title: str, figures: Mapping[str, float], path: Path) -> None:
         self.console.close()
         rows = [[name, f"{value:.6g}"] for name, value in figures.items()]
         if rows:
             self.table(title, ["metric", "value"], rows)
         else:
             self.console.print(title)
-        self.console.print(str(self._files.summary))
+        self.console.print(str(path))
 
     def close(self) -> None:
         """Stop the actors and let go of the directory."""
@@ -165,8 +171,22 @@ class Runtime:
 
 
 class EvaluationRuntime(Runtime):
-    """Looks at a checkpoint: metrics go to the console and to summary.json, which keeps its status; the run's
-    history, its checkpoints and its lock are left alone, so a run can be evaluated while it trains."""
+    """Looks at a checkpoint: metrics go to the console and, once it is done, as a line to evaluations.jsonl; the run's
+    history and summary, its checkpoints and its lock are left alone, so a run can be evaluated while it trains.
+
+    flags: those of the command, which the line tells; what they do not set is as in config.yaml.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        settings: RunConfig,
+        directory: RunDirectory,
+        checkpoint: Checkpoint | None = None,
+        flags: Sequence[str] = (),
+    ) -> None:
+        super().__init__(job, settings, directory, checkpoint)
+        self._flags = list(flags)
 
     def _open(self) -> None:
         pass
@@ -182,12 +202,14 @@ class EvaluationRuntime(Runtime):
 
     def summarize(self, metrics: Mapping[str, float], status: str = "running") -> None:
         self._summarized.update({name: float(value) for name, value in metrics.items()})
-        summary = self._files.read_summary()
-        summary["metrics"] = {**self.summary_metrics(), **self._summarized}
-        self._files.write_summary(summary)
 
     def finish(self, status: str) -> None:
-        self._report(f"{self.name}: evaluation of step {self.started_from}, {status}", self._summarized)
+        path = self._files.evaluations
+        if self._summarized:
+            about = {"step": self.started_from, "time": round(time.time(), 3), "flags": self._flags}
+            with refusals_explained(path, "write"), path.open("a") as file:
+                file.write(json.dumps(about | self._summarized) + "\n")
+        self._report(f"{self.name}: evaluation of step {self.started_from}, {status}", self._summarized, path)
 
     def close(self) -> None:
         self.console.close()

@@ -25,7 +25,7 @@ from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
 from launch.execution import interruptible
 from launch.exit_codes import INTERRUPTED
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError
 
 SUMMARIZED = ("eval/", "heldout/")  # metrics that say how good a run's policy is
@@ -38,11 +38,11 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     """Train every seed, print and write the aggregate; return the exit code.
 
     entries: the job's configuration, as `config.yaml` of a run holds it. Raises UserError if `name` was trained with
-    another one.
+    another one, or is something else.
     """
     own = {"job", "name", "runs_dir", "seed"}
     recipe = yaml.safe_dump({"job": job} | {k: v for k, v in entries.items() if k not in own}, sort_keys=False)
-    folder = Path(entries["runs_dir"]) / name
+    folder = folder_to_fill(Path(entries["runs_dir"]), name, "recipe.yaml")
     with refusals_explained(folder, "create the folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "recipe.yaml").exists() and (folder / "recipe.yaml").read_text() != recipe:
@@ -55,11 +55,21 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here")
         return INTERRUPTED
+    if not any(folder.glob("seed-*/config.yaml")):
+        _discard(folder)
     summaries = {seed: RunDirectory(folder / f"seed-{seed}").read_summary() for seed in seeds}
     finished = {seed: s["metrics"] for seed, s in summaries.items() if s.get("status") == "finished"}
     if finished:
         report(job, folder, finished, [seed for seed in seeds if seed not in finished], console)
     return max(codes, default=0)
+
+
+def _discard(folder: Path) -> None:
+    """Remove what was written for seeds that were all refused: the name is free for the corrected command."""
+    for path in (folder / "recipe.yaml", *folder.glob("seed-*.log")):
+        path.unlink()
+    with contextlib.suppress(OSError):  # the user's own files stay
+        folder.rmdir()
 
 
 def _train_all(job: str, folder: Path, seeds: range, at_once: int, console: RunConsole) -> list[int]:

@@ -1,5 +1,6 @@
 """Configuration of the language jobs. Plain dataclasses: the command line and the YAML recipes are built from them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -183,14 +184,26 @@ _POSITIVE = (
     "rollout.kv_cache_gib", "rollout.timeout_s", "learner.timeout_s", "learner.max_grad_norm", "sft.lr", "rl.lr",
     "rl.importance_cap",
 )  # fmt: skip
+_NOT_NEGATIVE = (
+    "eval.every", "sft.steps", "sft.warmup", "rl.iterations", "rl.tau", "rl.length_reward_from", "rl.final_lr_ratio",
+    "sft.final_lr_ratio", "learner.weight_decay", "learner.router_aux_loss_coef", "learner.router_sequence_loss_coef",
+    "learner.router_z_loss_coef", "learner.router_bias_rate",
+)  # fmt: skip
+_BELOW_ONE = ("learner.beta1", "learner.beta2")
 
 
 def require_sizes(config: LanguageJob) -> None:
     """Raise UserError for a number that no run could have, before anything is started."""
-    for names, least in ((_AT_LEAST_ONE, "at least 1"), (_POSITIVE, "positive")):
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (_AT_LEAST_ONE, lambda value: value > 0, "at least 1"),
+        (_POSITIVE, lambda value: value > 0, "positive"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
+        (_BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    )
+    for names, holds, rule in rules:
         for name in names:
             section, _, field_name = name.rpartition(".")
             owner = getattr(config, section, None) if section else config  # `rl` is of one of the jobs
             value = getattr(owner, field_name, None)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: it must be {least}")
+            if value is not None and not holds(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be {rule}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_rl.batch import PackedBatch, Sample, microbatches, pack
-from llm_rl.config import LearnerConfig, LoRASettings, RLConfig
+from llm_rl.config import LanguageJob, LearnerConfig, LoRASettings, ReasonConfig, RLConfig
 from llm_rl.generator import Adapter
 from llm_rl.logprobs import token_logprobs
 from llm_rl.objective import OBJECTIVES, PolicyBatch, importance_weight, mismatch
@@ -28,11 +28,15 @@ from models.language.balancing import (
     update_selection_bias,
 )
 from models.language.checkpoint import load_pretrained, save_pretrained, to_checkpoint
+from models.language.config import LanguageConfig
+from models.language.decoder import Decoder
 from models.language.lora import LoraConfig, adapter_names, attach, checked_targets, fold, learning_rate_ratios
 from models.language.packing import on_device
 from models.language.parametrisation import learning_rate_multipliers
 from models.language.peft_folder import adapter_settings, adapter_tensors, save_adapter
 from models.language.router import RouterTrace
+
+ROUNDING = 1e-9  # an advantage below this is a reward minus the mean of its equals
 
 
 class Learner:
@@ -47,12 +51,6 @@ class Learner:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         config, multipliers = self.config, learning_rate_multipliers(self.model) | dict(lr_multipliers or {})
         return MasterAdamW(named, (config.beta1, config.beta2), config.weight_decay, multipliers)
-
-    def check_lora(self, settings: LoRASettings) -> None:
-        """Raises UserError for what `attach_lora` would refuse, which may be hours later."""
-        if settings.rank:
-            checked_targets(self.model, lora_config(settings))
-            learning_rate_ratios(self.model, settings.b_lr_ratio)
 
     def attach_lora(self, settings: LoRASettings, seed: int) -> None:
         """Freeze the policy and train adapters from here on; nothing happens at rank 0."""
@@ -153,6 +151,9 @@ class Learner:
         total_load = ExpertLoad()
         for chosen in whole_groups(samples, config.minibatches, seed):
             minibatch = [samples[i] for i in chosen]
+            # Adam scales any gradient up to the rate, so without a signal the routers' loss alone, or the moments of
+            # the minibatch before, would move the policy by whole steps.
+            signal = any(abs(sample.advantage) > ROUNDING for sample in minibatch)
             lots = list(microbatches(minibatch, self.config.tokens_per_microbatch))
             loss_sum, load = self._zero(), ExpertLoad()
             for lot in lots:
@@ -168,12 +169,13 @@ class Learner:
                 )
                 weight_N = importance_weight(batch.reference_N, batch.sampler_N, config.importance_cap)
                 loss = objective(batch, weight_N, config.tau)
-                (loss + self._router_loss(trace, packed) / len(lots)).backward()
-                self.optimizer.gather()
+                if signal:
+                    (loss + self._router_loss(trace, packed) / len(lots)).backward()
+                    self.optimizer.gather()
                 load += ExpertLoad.of(trace.records)
                 loss_sum += loss.detach()
                 weights.append(weight_N.mean())
-            norms.append(self._step(lr, step, load))
+            norms.append(self._step(lr, step, load) if signal else 0.0)
             total_load += load
             losses.append(loss_sum)
         self.optimizer.reset()
@@ -228,6 +230,16 @@ class Learner:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapters alone, as a PEFT folder that belongs to the model that the learner began with."""
         save_adapter(self.model, folder, base_model=str(self.folder.resolve()))
+
+
+def check_lora(language: LanguageConfig, config: LanguageJob) -> None:
+    """Raises UserError for what `attach_lora` would refuse, which may be hours later. Loads no weights."""
+    with torch.device("meta"):
+        model = Decoder(language).to(getattr(torch, config.learner.dtype))
+    for settings in (config.sft.lora, *([config.rl.lora] if isinstance(config, ReasonConfig) else [])):
+        if settings.rank:
+            checked_targets(model, lora_config(settings))
+            learning_rate_ratios(model, settings.b_lr_ratio)
 
 
 def lora_config(settings: LoRASettings) -> LoraConfig:

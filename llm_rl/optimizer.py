@@ -89,10 +89,9 @@ class MasterAdamW:
             master.copy_(state["masters"][name])
             self.parameters[name].copy_(master)
             if name in state["moments"]:
-                self.adam.state[master] = {
-                    key: value.to(master.device) if key != "step" else value.clone()
-                    for key, value in state["moments"][name].items()
-                }
+                # `step` too: fused Adam wants it where the parameter lies. A copy, or Adam would change `state`.
+                moments = state["moments"][name].items()
+                self.adam.state[master] = {key: value.to(master.device, copy=True) for key, value in moments}
 
 
 def cosine(step: int, steps: int, warmup: int, final_ratio: float) -> float:

@@ -30,8 +30,6 @@ def train(config: ReasonConfig, run: "Run") -> None:
     validate(config, run.device)
     session = open_session(config, run)
     try:
-        for settings in (config.sft.lora, config.rl.lora):
-            session.learn("check_lora", settings)
         state = run.restore()
         warmed_up = state is not None and state["step"] >= config.sft.steps
         if state is None:
@@ -46,6 +44,12 @@ def train(config: ReasonConfig, run: "Run") -> None:
         show_result(run, config)
     finally:
         session.close()
+
+
+def check(config: ReasonConfig, run: "Run") -> None:
+    """For `--dry-run`: as `train` begins."""
+    validate(config, run.device)
+    open_session(config, run).close()
 
 
 def open_session(config: ReasonConfig, run: "Run") -> Session:

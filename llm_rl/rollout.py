@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Adapter, Completion, Generator, SamplingConfig
 from llm_rl.weights import gpu
+from models.errors import UserError
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup
 
 ATTEMPTS = 5  # a call that is lost this often in a row points at the call, not at the machine
+TIMEOUTS = 2  # so does one that is too long this often, and each of them takes the whole limit
 
 
 class RolloutWorker:
@@ -92,6 +94,8 @@ def collect(
 
     A share whose worker died is asked again with the same seed, so a death changes nothing but the time. `done` is
     called with each share (indices, completions) as it arrives, while other workers still generate.
+
+    Raises UserError if a share is lost ATTEMPTS times, or runs past the time limit TIMEOUTS times.
     """
     shares = {w: list(range(w, len(prompts), len(workers))) for w in range(min(len(workers), len(prompts)))}
     results: list[list[Completion]] = [[] for _ in prompts]
@@ -101,20 +105,35 @@ def collect(
         share_seed = derive_seed(seed, "share", worker)
         return workers.call(worker, "rollout", mine, sampling, samples, share_seed, timeout_s=timeout_s)
 
-    waiting = {ask(worker): (worker, 1) for worker in shares}
+    losses: dict[int, list[ConnectionError]] = {worker: [] for worker in shares}
+    waiting = {ask(worker): worker for worker in shares}
     while waiting:
         ready, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
         for future in ready:
-            worker, attempt = waiting.pop(future)
+            worker = waiting.pop(future)
             try:
                 completions = future.result()
-            except ConnectionError:
-                if attempt == ATTEMPTS:
-                    raise
-                waiting[ask(worker)] = (worker, attempt + 1)
+            except ConnectionError as error:
+                losses[worker].append(error)
+                _refuse_hopeless(losses[worker], timeout_s)
+                waiting[ask(worker)] = worker
                 continue
             for index, group in zip(shares[worker], completions):
                 results[index] = group
             if done:
                 done(shares[worker], completions)
     return results
+
+
+def _refuse_hopeless(losses: Sequence[ConnectionError], timeout_s: float) -> None:
+    """Raise UserError for a share that has been lost too often. A call past its limit is a TimeoutError too."""
+    if sum(isinstance(loss, TimeoutError) for loss in losses) == TIMEOUTS:
+        raise UserError(
+            f"a rollout took longer than --rollout.timeout-s {timeout_s:g}, {TIMEOUTS} times: raise it, sample "
+            f"fewer or shorter completions, or add --rollout.workers ({losses[-1]})"
+        )
+    if len(losses) == ATTEMPTS:
+        raise UserError(
+            f"the workers of one rollout died {ATTEMPTS} times in a row (--rollout.timeout-s {timeout_s:g} was not the "
+            f"reason); the last time: {losses[-1]}"
+        )

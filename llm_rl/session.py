@@ -15,7 +15,7 @@ from llm_rl.batch import Sample
 from llm_rl.config import LanguageJob, SFTJobConfig
 from llm_rl.evaluation import heldout_metrics
 from llm_rl.generator import Completion, SamplingConfig
-from llm_rl.learner import Learner
+from llm_rl.learner import Learner, check_lora
 from llm_rl.policy_folder import policy_folder
 from llm_rl.problem_sets import load_problem_sets
 from llm_rl.rollout import RolloutWorker, collect
@@ -61,9 +61,10 @@ class Session:
             config.model, config.policy, self.sets.sft or self.sets.train, run.directory / "policy" / "init", run.seed
         )
         language = read_config(self.folder)
+        check_lora(language, config)
         if record_experts and not any(language.is_moe(layer) for layer in range(language.num_hidden_layers)):
             raise UserError("--rl.router-replay: the policy has no mixture of experts; leave the flag out")
-        self.dialogue = Dialogue(self.folder, config.system_prompt, language.eos_token_id)
+        self.dialogue = Dialogue(self.folder, language, config.system_prompt)
         self.prompts = {p.prompt: self.dialogue.prompt(p.prompt) for p in [*self.sets.train, *self.sets.heldout]}
         context = self._context(max_tokens, language.max_position_embeddings)
         self.sampling = SamplingConfig(temperature, max_tokens, self.dialogue.stops)
@@ -122,16 +123,23 @@ class Session:
         self.workers.close()
         self.learner.close()
 
-    def learn(self, method: str, *args: Any) -> Any:
-        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint."""
-        return self.learner.call(0, method, *args, timeout_s=self.config.learner.timeout_s).result()
+    def learn(self, method: str, *args: Any, share_result: bool = False) -> Any:
+        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint. Raises UserError
+        if it takes longer than its time limit."""
+        limit_s = self.config.learner.timeout_s
+        try:
+            return self.learner.call(0, method, *args, timeout_s=limit_s, share_result=share_result).result()
+        except TimeoutError as error:
+            raise UserError(
+                f"the learner's `{method}` took longer than --learner.timeout-s {limit_s:g}; the last checkpoint is "
+                f"kept: raise it, or give the learner less to do in a step ({error})"
+            ) from error
 
     def sync(self) -> None:
         """Bring the learner's weights, or its adapter, to every worker."""
         self.version += 1
-        give_up_s = self.config.learner.timeout_s
         offer, load = self.what
-        weights = self.learner.call(0, offer, share_result=True, timeout_s=give_up_s).result()
+        weights = self.learn(offer, share_result=True)
         timeout_s = self.config.rollout.timeout_s
         pushes = self.workers.broadcast(load, weights, self.version, timeout_s=timeout_s, sticky=True)
         for push in pushes:

@@ -18,9 +18,8 @@ LOG_EVERY = 25  # optimizer steps per logged line
 def train(config: SFTJobConfig, run: "Run") -> None:
     """The `sft` job: base evaluation, fine-tuning, evaluation, a Hugging Face folder in policy/final."""
     require_sizes(config)
-    session = Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
+    session = open_session(config, run)
     try:
-        session.learn("check_lora", config.sft.lora)
         state = run.restore()
         if state is None:
             session.evaluate("base", 0)
@@ -33,6 +32,16 @@ def train(config: SFTJobConfig, run: "Run") -> None:
             session.learn("save_adapter", run.directory / "policy" / "adapter")
     finally:
         session.close()
+
+
+def check(config: SFTJobConfig, run: "Run") -> None:
+    """For `--dry-run`: as `train` begins."""
+    require_sizes(config)
+    open_session(config, run).close()
+
+
+def open_session(config: SFTJobConfig, run: "Run") -> Session:
+    return Session(config, run, max_tokens=config.max_tokens, temperature=1.0)
 
 
 def prepare(session: Session, run: "Run", state: dict[str, Any] | None) -> None:

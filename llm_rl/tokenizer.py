@@ -4,11 +4,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from models.errors import UserError
+from models.language.config import LanguageConfig
 
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 MARKS = ("<think>", "</think>")
@@ -54,7 +56,7 @@ class Dialogue:
     """One policy's tokenizer with its chat format. stops: the tokens that end a turn, the tokenizer's own and those of
     the policy's config (Llama 3 has three)."""
 
-    def __init__(self, folder: Path, system_prompt: str = "", eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, folder: Path, policy: LanguageConfig, system_prompt: str = "") -> None:
         transformers_logging.set_verbosity_error()  # it warns of our model_type, which the tokenizer does not need
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -63,11 +65,12 @@ class Dialogue:
             raise UserError(
                 f"{folder}: no usable tokenizer ({first}); put tokenizer.json beside config.json"
             ) from error
+        _require_usable(self.tokenizer, folder, policy.vocab_size, system_prompt)
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer names no eos token; set eos_token in tokenizer_config.json")
         self.system_prompt = system_prompt
         self.eos: int = self.tokenizer.eos_token_id
-        self.stops = tuple(sorted({self.eos, *eos_token_ids}))
+        self.stops = tuple(sorted({self.eos, *policy.eos_token_id}))
 
     def prompt(self, question: str) -> list[int]:
         """Token ids up to where the policy begins to answer."""
@@ -95,3 +98,21 @@ class Dialogue:
         kept = tokens[:-1] if tokens and tokens[-1] in self.stops else tokens
         text = self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast(str, text)
+
+
+def _require_usable(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int, system_prompt: str) -> None:
+    """Raise UserError for a tokenizer of another model, and for a chat template that refuses such a dialogue."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest >= vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has a token {token!r} of number {largest}, and the model's vocab_size is "
+            f"{vocab_size}: put the tokenizer beside it that the model was trained with"
+        )
+    if not tokenizer.chat_template:
+        return
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    try:
+        tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
+    except TemplateError as error:
+        mend = "leave --system-prompt out, or mend" if system_prompt else "mend"
+        raise UserError(f"{folder}: the chat template refuses a prompt ({error}): {mend} the template") from error

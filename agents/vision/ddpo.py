@@ -10,7 +10,6 @@ folder.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,9 +17,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from agents.vision.ddpo_learner import DDPOLearner, Rollout
+from agents.vision.ddpo_learner import DDPOLearner
+from agents.vision.ddpo_sampler import SamplesAhead, sample
 from agents.vision.pictures import as_bytes
-from envs.vision.image_rewards import AGREEMENT, RewardFailed, RewardScorer, find_reward
+from agents.vision.reward_calls import paid
+from envs.vision.custom_reward import RewardFailed
+from envs.vision.image_rewards import AGREEMENT, RewardScorer, find_reward
 from envs.vision.scenes import SceneConfig, scene_caption
 from models.diffusion.lora import ATTENTION
 from models.errors import UserError
@@ -86,6 +88,13 @@ class DDPOConfig:
     """Of held-out captions (of --prompts, if there is a file), always from the same noise."""
     eval_every: int = 10
     """Iterations from one evaluation and checkpoint to the next."""
+    sampler_workers: int = 0
+    """Actors that draw the images of the next iteration, with the weights that this one began with, while the learner
+    makes its update. 0: the learner draws, with the newest weights, and then makes its update."""
+    sampler_gpu: float = 0.4
+    """Of a GPU for each of them, as Ray accounts it, which does not know of the learner's."""
+    sampler_timeout_s: float = 600.0
+    """A batch that takes a sampler longer ends the sampler, and is drawn again by a new one."""
     reward_timeout_s: float = 300.0
     """A reward that takes longer over one batch ends the run, after a checkpoint."""
 
@@ -94,13 +103,23 @@ class DDPOConfig:
             if name == "model" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             flag = f"--{name.replace('_', '-')} is {value}"
-            if name in ("lora_r", "weight_decay"):
+            if name in ("lora_r", "weight_decay", "sampler_workers", "sampler_gpu"):
                 if value < 0:
                     raise UserError(f"{flag}: must not be negative")
             elif value <= 0:
                 raise UserError(f"{flag}: must be positive")
         if self.estimator == "sf" and self.updates != 1:
             raise UserError(f"--updates is {self.updates}: --estimator sf is right for the first update only; give 1")
+        if self.estimator == "sf" and self.sampler_workers:
+            raise UserError(
+                f"--sampler-workers is {self.sampler_workers}: they draw with older weights, and --estimator sf is "
+                "right for the newest only; give 0, or --estimator is"
+            )
+        if self.sampler_workers * self.batch_size > self.samples:
+            raise UserError(
+                f"--sampler-workers is {self.sampler_workers}: --samples {self.samples} are "
+                f"{self.samples // self.batch_size} batches of --batch-size {self.batch_size}; give no more than these"
+            )
         if self.samples % self.images_per_prompt:
             raise UserError(
                 f"--samples is {self.samples}: must be a multiple of --images-per-prompt {self.images_per_prompt}"
@@ -121,6 +140,7 @@ def train(config: DDPOConfig, run: "Run") -> None:
     if state is not None:
         learner.load_state(state)
     scorer = start_scorer(config, run)
+    ahead = SamplesAhead(config, run, learner, scorer, prompts) if config.sampler_workers else None
     saved = learner.iteration
     try:
         if learner.iteration == 0:
@@ -129,9 +149,11 @@ def train(config: DDPOConfig, run: "Run") -> None:
             run.summarize({name.replace("eval/", "eval/before/"): value for name, value in figures.items()})
         while learner.iteration < config.iterations:
             clock = time.perf_counter()
-            rollout, rewards = sample(config, run, learner, scorer, prompts)
+            rollout, rewards = ahead.take() if ahead else sample(config, run, learner, scorer, prompts)
             metrics = {"train/reward_mean": float(rewards.mean()), "train/reward_std": float(rewards.std())}
             metrics |= learner.update(rollout, rewards)
+            if ahead:
+                metrics["run/actor_restarts"] = float(ahead.actors.restarts)
             metrics["time/images_per_s"] = config.samples / (time.perf_counter() - clock)
             step = learner.iteration
             if step % config.eval_every == 0 or step == config.iterations:
@@ -142,7 +164,7 @@ def train(config: DDPOConfig, run: "Run") -> None:
             if "eval/reward_mean" in metrics:
                 run.save(step, learner.state(), score=metrics["eval/reward_mean"])
                 saved = step
-    except RewardFailed:
+    except (RewardFailed, ConnectionError):  # the latter of samplers that die again and again
         if saved < learner.iteration:
             run.save(learner.iteration, learner.state())
         raise
@@ -170,23 +192,6 @@ def start_scorer(config: DDPOConfig, run: "Run") -> "ActorGroup":
     return run.actors(RewardScorer, 1, resources, config.reward, config.detector, device, name="reward")
 
 
-def sample(
-    config: DDPOConfig, run: "Run", learner: DDPOLearner, scorer: "ActorGroup", prompts: Sequence[str]
-) -> tuple[Rollout, np.ndarray]:
-    """One iteration's images with their kept steps, and their rewards: scored while the next batch is sampled."""
-    rng = np.random.default_rng(derive_seed(run.seed, "prompts", learner.iteration))
-    drawn = rng.integers(len(prompts), size=config.samples // config.images_per_prompt)
-    picked = [prompts[i] for i in drawn.repeat(config.images_per_prompt).tolist()]
-    rollouts, asked = [], []
-    for at in range(0, config.samples, config.batch_size):
-        batch = picked[at : at + config.batch_size]
-        generator = torch.Generator().manual_seed(derive_seed(run.seed, "noise", learner.iteration, at))
-        rollout, images = learner.sample(batch, generator)
-        rollouts.append(rollout)
-        asked.append(scorer.call(0, "score", as_bytes(images), batch, timeout_s=config.reward_timeout_s))
-    return Rollout.join(rollouts), paid(config, asked)
-
-
 def evaluation(
     config: DDPOConfig, run: "Run", learner: DDPOLearner, scorer: "ActorGroup", prompts: Sequence[str]
 ) -> dict[str, float]:
@@ -197,22 +202,11 @@ def evaluation(
         _, images = learner.sample(batch, generator)
         pictures.append(as_bytes(images))
         asked.append(scorer.call(0, "score", pictures[-1], batch, timeout_s=config.reward_timeout_s))
-    rewards = paid(config, asked)
+    rewards = paid(config.reward, config.reward_timeout_s, asked)
     run.images(learner.iteration, "samples", np.concatenate(pictures)[:16])
     rows = [{"prompt": prompt, "reward": float(reward)} for prompt, reward in zip(prompts, rewards)]
     run.record(learner.iteration, "rewards", rows)
     return {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
-
-
-def paid(config: DDPOConfig, asked: "list[Future[np.ndarray]]") -> np.ndarray:
-    """The rewards of all batches. Raises RewardFailed if the reward raised, hung, died or returned no number."""
-    try:
-        return np.concatenate([future.result() for future in asked])
-    except ConnectionError as error:
-        raise RewardFailed(
-            f"reward {config.reward}: ended its process, or took over --reward-timeout-s {config.reward_timeout_s:g} s "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def load_prompts(config: DDPOConfig, seed: int) -> tuple[list[str], list[str]]:

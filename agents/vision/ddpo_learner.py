@@ -56,6 +56,10 @@ class Rollout:
             torch.cat([part.log_probs_NS for part in parts]),
         )
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        tensors = self.contexts_NME, self.latents_NSZhw, self.log_probs_NS
+        return Rollout(self.prompts, *(tensor.to(device) for tensor in tensors))
+
 
 class DDPOLearner:
     """Model, optimizer, statistics and counter. Raises UserError for a model folder that cannot be loaded."""
@@ -203,8 +207,16 @@ class DDPOLearner:
         if saved != {name: list(parameter.shape) for name, parameter in self.trained.items()}:
             raise UserError(f"the checkpoint's weights are not those that {self.folder} with --lora-r "
                             f"{self.config.lora_r} trains")  # fmt: skip
-        for name, parameter in self.trained.items():
-            parameter.copy_(state["trained"][name])
+        self.load_weights(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.statistics.load_state(state["statistics"])
         self.iteration = state["iteration"]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """A copy of what is trained, for `load_weights` of another learner."""
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])

@@ -5,33 +5,32 @@
 Evaluation is of the averaged weights (EMA), on held-out images: COCO's AP on things, panoptic quality with masks.
 """
 
+import contextlib
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from agents.vision.detection_score import detect, evaluate_detector
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
-from agents.vision.pictures import with_boxes
+from agents.vision.heldout import evaluation, show
 from agents.vision.prefetch import in_order
 from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.checkpoint import save_detr
 from models.detr.loss import SetLossConfig
-from models.detr.postprocess import without
 from models.errors import UserError
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
 
-SHOWN = 16  # held-out images drawn with their boxes at each evaluation
-
 
 @dataclass(frozen=True)
 class DetrJobConfig:
     model: Path | None = None
-    """DETR folder (transformers) or .pth file (original code) to begin from. None: --network from random weights."""
+    """DETR folder (transformers) or .pth file (original code) to begin from; of --network only masks may be set beside
+    it. None: --network from random weights."""
+    dilation: bool = False
+    """The .pth is of a DC5 model, with a dilated backbone: needed where the file does not say so itself."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: SetLossConfig = field(default_factory=SetLossConfig)
@@ -51,19 +50,31 @@ class DetrJobConfig:
         for name in ("steps", "batch_size", "loaders", "eval_images", "eval_every", "log_every", "loader_timeout_s"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
+        if self.dilation and self.model is None:
+            raise UserError("--dilation is of the .pth that --model names, and there is none")
+        plain = NetworkConfig(masks=self.network.masks)
+        if self.model is not None and self.network != plain:
+            name = next(f.name for f in fields(plain) if getattr(self.network, f.name) != getattr(plain, f.name))
+            raise UserError(f"--network.{name.replace('_', '-')} is of no use beside --model, which has its own shape")
 
 
 def train(config: DetrJobConfig, run: "Run") -> None:
-    """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json."""
+    """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json.
+
+    Data that ends the run (an image that cannot be read) ends it after a checkpoint.
+    """
     source = make_source(config.data, run.seed, heldout=True)
-    learner = make_learner(config, source.names, run)
+    learner = make_learner(config, source, run)
     state = run.restore()
     if state is not None:
         learner.load_state(state)
-    loaders = start_loaders(config, run)
+    loaders = start_loaders(config, learner, run)
     clock, waited = time.perf_counter(), 0.0
     numbers = ((number,) for number in range(learner.step, config.steps))
-    for batch, wait in in_order(loaders, "train_batch", numbers, config.loader_timeout_s):
+    batches = in_order(loaders, "train_batch", numbers, config.loader_timeout_s)
+    while learner.step < config.steps:
+        with saved_if_data_fails(learner, run):
+            batch, wait = next(batches)
         waited += wait
         metrics = learner.update(batch, want_metrics=(learner.step + 1) % config.log_every == 0)
         step = learner.step
@@ -75,11 +86,12 @@ def train(config: DetrJobConfig, run: "Run") -> None:
             run.log(step, metrics, config.steps)
             clock, waited = time.perf_counter(), 0.0
         if step % config.eval_every == 0 or step == config.steps:
-            show(config, learner, loaders, source, run)
-            figures = evaluation(config, learner, loaders, source, run)
+            with saved_if_data_fails(learner, run):
+                show(config, learner.averaged, step, loaders, source, run)
+                figures = evaluation(config, learner.averaged, loaders, source, run)
             run.log(step, figures, config.steps)
             run.summarize(figures)
-            run.save(step, learner.state(), score=figures["eval/AP"])
+            run.save(step, learner.state(), score=figures.get("eval/AP"))  # without things there is no AP
             clock, waited = time.perf_counter(), 0.0
     save_detr(learner.averaged, run.directory / "model" / "final")
 
@@ -90,37 +102,31 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     if state is None:
         raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
     source = make_source(config.data, run.seed, heldout=True)
-    learner = make_learner(config, source.names, run)
+    learner = make_learner(config, source, run)
     learner.load_state(state)
-    figures = evaluation(config, learner, start_loaders(config, run), source, run)
+    figures = evaluation(config, learner.averaged, start_loaders(config, learner, run), source, run)
     run.log(learner.step, figures)
     run.summarize(figures)
 
 
-def make_learner(config: DetrJobConfig, names: tuple[str, ...], run: "Run") -> DetrLearner:
+@contextlib.contextmanager
+def saved_if_data_fails(learner: DetrLearner, run: "Run") -> Iterator[None]:
+    """Around what reads images: what was learned since the last checkpoint outlives one that is broken."""
+    try:
+        yield
+    except UserError:
+        if learner.step > 0 and learner.is_finite():  # weights that diverged may be why
+            run.save(learner.step, learner.state())
+        raise
+
+
+def make_learner(config: DetrJobConfig, source: Source, run: "Run") -> DetrLearner:
     settings = config.network, config.loss, config.optimizer
-    return DetrLearner(config.model, names, *settings, config.steps, run.seed, run.device)
+    return DetrLearner(
+        config.model, source.names, *settings, config.steps, run.seed, run.device, source.category_ids, config.dilation
+    )
 
 
-def start_loaders(config: DetrJobConfig, run: "Run") -> "ActorGroup":
-    arguments = config.data, run.seed, config.batch_size, config.network.masks
+def start_loaders(config: DetrJobConfig, learner: DetrLearner, run: "Run") -> "ActorGroup":
+    arguments = config.data, run.seed, config.batch_size, learner.masks
     return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
-
-
-def show(config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run") -> None:
-    """Draw what is found in the first held-out images."""
-    count = min(SHOWN, len(source))
-    batch, _ = next(in_order(loaders, "heldout_batch", [(0, count)], config.loader_timeout_s))
-    found = detect(learner.averaged, batch, [(int(h), int(w)) for h, w in batch.sizes_B2], run.device, threshold=0.5)
-    things = [without(d, source.stuff) for d in found]
-    pictures = [with_boxes(image, d, source.names) for image, d in zip(batch.images_BHWC, things)]
-    run.images(learner.step, "heldout/boxes", np.stack(pictures))
-
-
-def evaluation(
-    config: DetrJobConfig, learner: DetrLearner, loaders: "ActorGroup", source: Source, run: "Run"
-) -> dict[str, float]:
-    count = min(config.eval_images, len(source))
-    spans = [(first, min(config.batch_size, count - first)) for first in range(0, count, config.batch_size)]
-    batches = (batch for batch, _ in in_order(loaders, "heldout_batch", spans, config.loader_timeout_s))
-    return evaluate_detector(learner.averaged, batches, source, count, run.device)

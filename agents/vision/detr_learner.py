@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +14,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from agents.vision.dense_scaffold import DenseScaffold, dense_loss
 from envs.vision.example import Batch, DeviceBatch
-from models.detr.checkpoint import load_detr
+from models.detr.checkpoint import fill, load_detr, read_backbone
 from models.detr.config import DetrConfig, LayerType, ResNetConfig
 from models.detr.detr import Detr
+from models.detr.labels import with_labels
 from models.detr.loss import SetLossConfig, set_loss
 from models.errors import UserError
 from models.seeding import derive_seed
@@ -29,6 +31,9 @@ class NetworkConfig:
     depths: tuple[int, ...] = (2, 2, 2)
     """Blocks of each stage of the ResNet."""
     hidden_sizes: tuple[int, ...] = (64, 128, 256)
+    backbone_weights: Path | None = None
+    """A ResNet's weights under torchvision's names, .pth or .safetensors, with its shape: of these three none is needed
+    then. Its batch norms stay frozen."""
     queries: int = 20
     d_model: int = 128
     heads: int = 8
@@ -37,7 +42,7 @@ class NetworkConfig:
     ffn_dim: int = 512
     dropout: float = 0.0
     masks: bool = False
-    """Train the mask head too, for panoptic segmentation."""
+    """Train a mask head too, for panoptic segmentation; a fresh one if --model has none."""
 
     def shape(self, names: tuple[str, ...]) -> DetrConfig:
         return DetrConfig(
@@ -90,7 +95,13 @@ class OptimizerConfig:
 
 
 class DetrLearner:
-    """All that a checkpoint has to hold. `averaged` follows the weights at `ema_decay`, and starts as they do."""
+    """All that a checkpoint has to hold. `averaged` follows the weights at `ema_decay`, and starts as they do.
+
+    names, category_ids: of the data's labels, and COCO's numbers for them, which are asked for where the model to start
+    from does not name its own. dilation: of that model, as `load_detr` takes it.
+
+    Raises UserError if that model cannot be read, or lacks a label.
+    """
 
     def __init__(
         self,
@@ -102,9 +113,13 @@ class DetrLearner:
         steps: int,
         seed: int,
         device: str,
+        category_ids: Sequence[int] = (),
+        dilation: bool = False,
     ) -> None:
+        self.category_ids, self.dilation = category_ids, dilation
         self.loss, self.settings, self.steps, self.seed, self.device = loss, optimizer, steps, seed, device
         self.net = self.build(start, network, names).to(device).train()
+        self.masks = network.masks if start is None else self.net.config.mask_head
         for parameter in self.net.parameters():
             if parameter.dim() == 4:  # images arrive with their channels last, and convolutions are faster so
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -118,7 +133,10 @@ class DetrLearner:
         self.step = 0
 
     def build(self, start: Path | None, network: NetworkConfig, names: tuple[str, ...]) -> Detr:
-        return _started_from(start, names) if start else _random(network, names, self.seed)
+        if start is None:
+            return _random(network, names, self.seed)
+        model = with_labels(load_detr(start, self.dilation), names, self.category_ids, str(start))
+        return _with_mask_head(model, self.seed) if network.masks and not model.config.mask_head else model
 
     def scaffolded(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -191,6 +209,9 @@ class DetrLearner:
             "train/lr": self.optimizer.param_groups[0]["lr"],
         }
 
+    def is_finite(self) -> bool:
+        return all(bool(weights.isfinite().all()) for weights in self._averaging[0])
+
     def state(self) -> dict[str, Any]:
         return {
             "step": self.step,
@@ -217,14 +238,25 @@ def _floats(model: nn.Module) -> list[Tensor]:
 def _random(network: NetworkConfig, names: tuple[str, ...], seed: int) -> Detr:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "initial weights"))
-        return Detr(network.shape(names), freeze_batch_norm=False)
+        if network.backbone_weights is None:
+            return Detr(network.shape(names), freeze_batch_norm=False)
+        backbone, named = read_backbone(network.backbone_weights)
+        plain, given, there = ((c.layer_type, c.depths, c.hidden_sizes) for c in (NetworkConfig(), network, backbone))
+        if given not in (plain, there):
+            raise UserError(
+                f"{network.backbone_weights}: a {backbone.layer_type} ResNet of depths {list(backbone.depths)} and "
+                f"widths {list(backbone.hidden_sizes)}: leave out --network.layer-type, --network.depths and "
+                "--network.hidden-sizes, which ask for another"
+            )
+        model = Detr(replace(network.shape(names), backbone=backbone))
+        fill(model.backbone, named.items(), str(network.backbone_weights))
+        return model
 
 
-def _started_from(start: Path, names: tuple[str, ...]) -> Detr:
-    model = load_detr(start)
-    if model.config.num_labels != len(names):
-        raise UserError(
-            f"{start} knows {model.config.num_labels} labels, the data has {len(names)}: give data with its labels, or "
-            "train from random weights"
-        )
-    return model
+def _with_mask_head(model: Detr, seed: int) -> Detr:
+    """A trained box model and a mask head of random weights (arXiv 2005.12872, section 4.4)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "mask head"))
+        whole = Detr(replace(model.config, mask_head=True)).eval()
+    whole.load_state_dict(whole.state_dict() | model.state_dict())
+    return whole

@@ -10,29 +10,29 @@ Only labels are drawn. Boxes (and masks) keep learning from their part of the se
 layers but the last, and with nothing to hold them the boxes drift faster than the labels improve.
 """
 
-import importlib
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from agents.vision.detection_policy import answer_log_probs, leave_one_out, reinforce_loss, sample_answers
-from agents.vision.detection_score import evaluate_detector
+from agents.vision.detection_score import refuse_divergence
+from agents.vision.heldout import evaluation, show
 from agents.vision.prefetch import in_order
+from agents.vision.reward_calls import paid
+from envs.vision.answer_reward import AnswerScorer
 from envs.vision.example import Batch
 from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.checkpoint import load_detr, save_detr
 from models.detr.detr import Detr
+from models.detr.labels import with_labels
 from models.detr.loss import SetLossConfig, set_loss
-from models.detr.targets import Targets
 from models.errors import UserError
 from models.seeding import derive_seed
 
@@ -41,17 +41,18 @@ if TYPE_CHECKING:
 
 HOLD = SetLossConfig(label=0.0)
 
-# boxes xyxy (n, 4) and labels (n,) of an answer, then of the truth, relative to the image → the reward
-Reward = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
-
 
 @dataclass(frozen=True)
 class DetrRLConfig:
     model: Path = Path()
     """The detector to tune: a DETR folder (RUN/model/final of `train detr`) or a .pth file."""
+    dilation: bool = False
+    """The .pth is of a DC5 model, with a dilated backbone: needed where the file does not say so itself."""
     data: DataConfig = field(default_factory=DataConfig)
     reward: str = "envs.vision.box_quality:box_quality"
-    """`module:function(boxes, labels, true_boxes, true_labels) -> float`."""
+    """`module:function(boxes, labels, true_boxes, true_labels) -> float`; boxes are xyxy, relative to the image."""
+    reward_timeout_s: float = 300.0
+    """A reward that takes longer over one batch's answers ends the run, after a checkpoint."""
     steps: int = 500
     batch_size: int = 32
     samples: int = 8
@@ -69,7 +70,7 @@ class DetrRLConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lr", "max_grad_norm", "loaders", "eval_images", "eval_every", "log_every",
-                     "loader_timeout_s"):  # fmt: skip
+                     "loader_timeout_s", "reward_timeout_s"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
         if self.samples < 2:
@@ -77,87 +78,115 @@ class DetrRLConfig:
 
 
 def train(config: DetrRLConfig, run: "Run") -> None:
-    """The `detr-rl` job. Evaluates before the first step, and writes model/final."""
+    """The `detr-rl` job. Evaluates before the first step, and writes model/final.
+
+    A reward that fails, or an image that cannot be read, ends the run with what was learned before it saved.
+    """
     source = make_source(config.data, run.seed, heldout=True)
-    tuner = DetectorTuner(config, source.names, source.stuff, run.seed, run.device)
-    loaders = run.actors(
-        BatchLoader,
-        config.loaders,
-        {"cpu": 1},
-        config.data,
-        run.seed,
-        config.batch_size,
-        tuner.net.config.mask_head,
-        name="loader",
-    )
+    scorer = start_scorer(config, source, run)  # a reward that there is not is named before the detector is loaded
+    tuner = DetectorTuner(config, source.names, run.seed, run.device, source.category_ids)
+    loaders = start_loaders(config, tuner, run)
     state = run.restore()
     if state is not None:
         tuner.load_state(state)
     else:
-        figures = evaluation(config, tuner, loaders, source, run)
+        figures = evaluation(config, tuner.net, loaders, source, run)
+        show(config, tuner.net, 0, loaders, source, run)
         run.log(0, figures, config.steps)
         run.summarize({name.replace("eval/", "eval/before/"): value for name, value in figures.items()})
-    clock = time.perf_counter()
+    clock, saved = time.perf_counter(), tuner.step
     numbers = ((number,) for number in range(tuner.step, config.steps))
-    for batch, _ in in_order(loaders, "train_batch", numbers, config.loader_timeout_s):
-        metrics = tuner.update(batch)
-        if tuner.step % config.log_every == 0:
-            metrics["time/images_per_s"] = config.log_every * config.batch_size / (time.perf_counter() - clock)
-            run.log(tuner.step, metrics, config.steps)
-            clock = time.perf_counter()
-        if tuner.step % config.eval_every == 0 or tuner.step == config.steps:
-            figures = evaluation(config, tuner, loaders, source, run)
-            run.log(tuner.step, figures, config.steps)
-            run.summarize(figures)
-            run.save(tuner.step, tuner.state(), score=figures["eval/quality"])
-            clock = time.perf_counter()
+    try:
+        for batch, _ in in_order(loaders, "train_batch", numbers, config.loader_timeout_s):
+            metrics = tuner.update(batch, scorer)
+            if tuner.step % config.log_every == 0:
+                metrics["time/images_per_s"] = config.log_every * config.batch_size / (time.perf_counter() - clock)
+                run.log(tuner.step, metrics, config.steps)
+                clock = time.perf_counter()
+            if tuner.step % config.eval_every == 0 or tuner.step == config.steps:
+                figures = evaluation(config, tuner.net, loaders, source, run)
+                show(config, tuner.net, tuner.step, loaders, source, run)
+                run.log(tuner.step, figures, config.steps)
+                run.summarize(figures)
+                run.save(tuner.step, tuner.state(), score=figures["eval/quality"])
+                clock, saved = time.perf_counter(), tuner.step
+    except UserError:  # a RewardFailed, or data that is broken
+        if saved < tuner.step and tuner.is_finite():
+            run.save(tuner.step, tuner.state())
+        raise
     save_detr(tuner.net, run.directory / "model" / "final")
 
 
-def evaluation(
-    config: DetrRLConfig, tuner: "DetectorTuner", loaders: "ActorGroup", source: Source, run: "Run"
-) -> dict[str, float]:
-    count = min(config.eval_images, len(source))
-    spans = [(first, min(config.batch_size, count - first)) for first in range(0, count, config.batch_size)]
-    batches = (batch for batch, _ in in_order(loaders, "heldout_batch", spans, config.loader_timeout_s))
-    return evaluate_detector(tuner.net, batches, source, count, run.device)
+def evaluate(config: DetrRLConfig, run: "Run") -> None:
+    """`longstride evaluate RUN`: the checkpoint's weights on `eval_images` held-out images."""
+    state = run.restore()
+    if state is None:
+        raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+    source = make_source(config.data, run.seed, heldout=True)
+    tuner = DetectorTuner(config, source.names, run.seed, run.device, source.category_ids)
+    tuner.load_state(state)
+    figures = evaluation(config, tuner.net, start_loaders(config, tuner, run), source, run)
+    run.log(tuner.step, figures)
+    run.summarize(figures)
+
+
+def start_scorer(config: DetrRLConfig, source: Source, run: "Run") -> "ActorGroup":
+    """The reward's own process, so that one that hangs can be ended."""
+    no_thing = [*source.stuff, len(source.names)]
+    return run.actors(AnswerScorer, 1, {"cpu": 1}, config.reward, no_thing, name="reward")
+
+
+def start_loaders(config: DetrRLConfig, tuner: "DetectorTuner", run: "Run") -> "ActorGroup":
+    arguments = config.data, run.seed, config.batch_size, tuner.net.config.mask_head
+    return run.actors(BatchLoader, config.loaders, {"cpu": 1}, *arguments, name="loader")
 
 
 class DetectorTuner:
-    """Detector and optimizer: all that a checkpoint has to hold. Labels in `stuff` are neither paid nor punished."""
+    """Detector and optimizer: all that a checkpoint has to hold.
+
+    category_ids: COCO's numbers for the labels, asked for where the detector does not name its own.
+    """
 
     def __init__(
-        self, config: DetrRLConfig, names: tuple[str, ...], stuff: Collection[int], seed: int, device: str
+        self, config: DetrRLConfig, names: tuple[str, ...], seed: int, device: str, category_ids: Sequence[int] = ()
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
         if not config.model.parts:
             raise UserError("--model is missing: give the detector to tune, RUN/model/final of `train detr`")
-        self.no_thing = [*stuff, len(names)]
-        self.reward = load_reward(config.reward)
-        self.net: Detr = load_detr(config.model).to(device)
-        if self.net.config.num_labels != len(names):
-            raise UserError(
-                f"{config.model} knows {self.net.config.num_labels} labels, the data has {len(names)}: give data with "
-                "its labels"
-            )
+        loaded = load_detr(config.model, config.dilation)
+        self.net: Detr = with_labels(loaded, names, category_ids, str(config.model)).to(device)
         self.net.backbone.requires_grad_(False)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0, fused=True)
         self.step = 0
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One step. Raises UserError for a reward that raises or is not finite."""
+    def update(self, batch: Batch, scorer: "ActorGroup") -> dict[str, float]:
+        """One step. Raises RewardFailed, and UserError if answers or gradient are not finite: the weights stay."""
         config, there = self.config, batch.to_device(self.device)
         output = self.net(there.images_BCHW, there.valid_BHW)
+        refuse_divergence(output)
         generator = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "answers", self.step))
         labels_KBQ = sample_answers(output.logits_BQC, config.samples, generator)
-        rewards_KB = self._score(labels_KBQ, output.boxes_BQ4, there.targets).to(self.device)
+        asked = scorer.call(
+            0,
+            "score",
+            labels_KBQ.cpu().numpy(),
+            cxcywh_to_xyxy(output.boxes_BQ4.detach()).cpu().numpy(),
+            there.targets.labels_BT.cpu().numpy(),
+            cxcywh_to_xyxy(there.targets.boxes_BT4).cpu().numpy(),
+            there.targets.valid_BT.cpu().numpy(),
+            timeout_s=config.reward_timeout_s,
+        )
+        # While the answers are scored:
         log_probs_KB = answer_log_probs(output.logits_BQC, labels_KBQ)
+        held, _ = set_loss(output, there.targets, HOLD)
+        rewards_KB = torch.from_numpy(paid(config.reward, config.reward_timeout_s, [asked])).to(self.device)
         advantages_KB = leave_one_out(rewards_KB)
         self.optimizer.zero_grad()
-        held, _ = set_loss(output, there.targets, HOLD)
         (reinforce_loss(log_probs_KB, advantages_KB) + held).backward()
-        norm = clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient is not finite at step {self.step + 1}: train again with a lower --lr")
         self.optimizer.step()
         self.step += 1
         return {
@@ -165,37 +194,11 @@ class DetectorTuner:
             "train/reward_std": rewards_KB.std(0).mean().item(),
             "train/boxes": (labels_KBQ < self.net.config.num_labels).sum(-1).float().mean().item(),
             "train/log_prob": log_probs_KB.mean().item(),
-            "train/grad_norm": norm.item(),
+            "train/grad_norm": norm,
         }
 
-    def _score(self, labels_KBQ: Tensor, boxes_BQ4: Tensor, targets: Targets) -> Tensor:
-        """Rewards (K, B)."""
-        drawn_KBQ = labels_KBQ.cpu().numpy()
-        boxes = cxcywh_to_xyxy(boxes_BQ4.detach()).cpu().numpy()
-        true_labels = targets.labels_BT.cpu().numpy()
-        wanted = targets.valid_BT.cpu().numpy() & ~np.isin(true_labels, self.no_thing)
-        true_boxes = cxcywh_to_xyxy(targets.boxes_BT4).cpu().numpy()
-        rewards = np.zeros(drawn_KBQ.shape[:2], np.float32)
-        for k, i in np.ndindex(rewards.shape):
-            given = ~np.isin(drawn_KBQ[k, i], self.no_thing)
-            truth = true_boxes[i, wanted[i]], true_labels[i, wanted[i]]
-            rewards[k, i] = self._reward_of(boxes[i, given], drawn_KBQ[k, i, given], *truth)
-        return torch.from_numpy(rewards)
-
-    def _reward_of(self, *answer_and_truth: np.ndarray) -> float:
-        try:
-            reward = float(self.reward(*answer_and_truth))
-        except Exception as error:
-            raise UserError(
-                f"the reward {self.config.reward} raised {type(error).__name__} at step {self.step}: {error}; the last "
-                "checkpoint is good"
-            ) from error
-        if not math.isfinite(reward):
-            raise UserError(
-                f"the reward {self.config.reward} is {reward} at step {self.step}: it must be a finite number; "
-                "the last checkpoint is good"
-            )
-        return reward
+    def is_finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -204,12 +207,3 @@ class DetectorTuner:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-
-
-def load_reward(path: str) -> Reward:
-    """Import `module:function`. Raises UserError if there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--reward {path}: cannot be imported as module:function ({error})") from None

@@ -2,15 +2,31 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup
 
 AHEAD = 3  # calls in flight for each actor
 ATTEMPTS = 5  # at one call, each on an actor that was started anew
+
+Result = TypeVar("Result")
+
+
+def survive(future: "Future[Result]", again: "Callable[[], Future[Result]]") -> Result:
+    """The result of a call; if its actor died, of the call made again.
+
+    Raises ConnectionError after ATTEMPTS deaths over it.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return future.result()
+        except ConnectionError:
+            future = again()
+    return future.result()
 
 
 def in_order(
@@ -37,14 +53,7 @@ def in_order(
     while waiting:
         number, call, future = waiting.popleft()
         begin = time.perf_counter()
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                result = future.result()
-                break
-            except ConnectionError:
-                if attempt == ATTEMPTS:
-                    raise
-                future = ask(number, call)
+        result = survive(future, partial(ask, number, call))
         waited = time.perf_counter() - begin
         ask_ahead()
         yield result, waited

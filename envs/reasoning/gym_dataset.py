@@ -5,14 +5,17 @@ here come from `derive_seed` and lie far apart; equal questions from small famil
 (`envs.reasoning.sources`).
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
+from envs.reasoning.evaluated_answers import is_plain, read_literals_only
 from models.errors import UserError, unknown_name
 
 # Set by the caller of `load_problems`, not by the spec.
@@ -111,14 +114,33 @@ def pack_entry(spec: GymSpec, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score(answer: str, packed: Mapping[str, Any]) -> float:
-    """The dataset's own score of an answer, in [0, 1]."""
+    """The dataset's own score of an answer, in [0, 1]; 0 for one that it would evaluate and that is more than a sum, a
+    formula or a list (`envs.reasoning.evaluated_answers`)."""
+    if not is_plain(packed["family"], answer, packed["entry"]["answer"] or ""):
+        return 0.0
     dataset = _scorer(packed["family"], json.dumps(packed["params"], sort_keys=True))
     return float(dataset.score_answer(answer, _unpack(packed["entry"])))
 
 
+def warm_up(answer: str, packed: Mapping[str, Any]) -> None:
+    """Import reasoning-gym, build the dataset, and once score an answer that is not the policy's, for what its scorer
+    loads and caches."""
+    importlib.import_module("reasoning_gym")
+    key = (packed["family"], str(packed["params"]))
+    if key not in _warm:
+        _warm.add(key)
+        with contextlib.suppress(Exception):  # an open question has no answer of its own
+            score(answer, packed)
+
+
+_warm: set[tuple[str, str]] = set()
+
+
 @functools.lru_cache(maxsize=64)
 def _scorer(family: str, params: str) -> Any:
-    return open_dataset(GymSpec(family, _unpack(json.loads(params))), seed=0, size=1)
+    dataset = open_dataset(GymSpec(family, _unpack(json.loads(params))), seed=0, size=1)
+    read_literals_only(family, dataset)
+    return dataset
 
 
 def _size(value: Any, of_range: bool) -> float | None:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ _CHUNK = 512  # reasoning-gym items drawn from one seed; fixed, so that a longer
 
 
 _SCENE_TRIES = 20  # scenes drawn for each one that is wanted
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_generated(spec: str) -> bool:
@@ -187,6 +191,8 @@ def _problem_of_row(row: Any, where: str, source: str) -> Problem:
         value = row.get(name)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}: `{name}` is {type(value).__name__}, not a string: quote it")
+        if value is not None and _SURROGATE.search(value):  # JSON can spell half a character, and no tokenizer reads it
+            raise UserError(f"{where}: `{name}` holds a lone surrogate, half of a character: write the whole one")
         return value
 
     def required(name: str) -> str:

@@ -32,7 +32,7 @@ _BATCH = 32  # items to a message: the trip to the worker costs little beside th
 _START_TIMEOUT_S = 120.0  # imports on a busy machine
 _MAX_FAILED_STARTS = 3
 _LOGGED_FAILURES = 10
-_KEPT_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH")
+_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 class VerifierPool:

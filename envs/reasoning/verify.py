@@ -1,13 +1,16 @@
-"""The checks: what a completion is worth. They run in the worker processes of `envs.reasoning.verifier_pool`.
+"""The checks: what a completion is worth. They run in the worker processes of `envs.reasoning.verifier_pool`, or in
+forks of these.
 
 A check may hang, crash or eat memory on a hostile completion; the pool is what contains it.
 """
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from envs.reasoning import gym_dataset
 from envs.reasoning.answers import extract_answer
+from envs.reasoning.evaluated_answers import EVALUATED
 from envs.reasoning.problem import Problem, Verdict
 
 Check = Callable[[Problem, str], Verdict]  # (problem, completion) → verdict
@@ -25,6 +28,23 @@ def register(name: str) -> Callable[[Check], Check]:
         return check
 
     return add
+
+
+def needs_fork(problem: Problem) -> bool:
+    """Whether a check hands the answer to something that may run it. Comparing text leaves nothing behind, and a fork
+    takes a hundred times as long."""
+    if problem.verifier == "gym":
+        return problem.metadata["family"] in EVALUATED
+    return problem.verifier != "exact"
+
+
+def warm_up(problems: Iterable[Problem]) -> None:
+    """Do once what is slow the first time: import, build grammars and datasets. No completion is looked at."""
+    for problem in problems:
+        if problem.verifier == "math":
+            _warm_up_math()
+        elif problem.verifier == "gym":
+            gym_dataset.warm_up(problem.answer, problem.metadata)
 
 
 def verdict_of(reward: float) -> Verdict:
@@ -79,6 +99,14 @@ def math_equal(problem: Problem, completion: str) -> Verdict:
     if not gold:
         raise ValueError(f"math-verify cannot read the answer `{problem.answer}` of {problem.id}: use `exact`")
     return verdict_of(float(math_verify.verify(gold, parsed, timeout_seconds=_MATH_TIMEOUT_S)))
+
+
+@functools.cache
+def _warm_up_math() -> None:
+    import math_verify
+
+    value = math_verify.parse(r"\boxed{\frac{1}{2}}", parsing_timeout=_MATH_TIMEOUT_S)
+    math_verify.verify(value, value, timeout_seconds=_MATH_TIMEOUT_S)
 
 
 def _as_latex(answer: str) -> str:

@@ -72,7 +72,7 @@ class CaptionedCoco:
         return len(self._indices)
 
     def example(self, index: int) -> tuple[np.ndarray, str]:
-        number, example = self._folder.readable(index, self._indices)
+        number, example = self._folder.readable(index, self._indices, masks=False)
         image = Image.fromarray(example.image)
         scale = self._size / min(image.size)
         width, height = (max(self._size, round(side * scale)) for side in image.size)

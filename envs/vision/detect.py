@@ -35,7 +35,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from envs.vision.box_quality import box_ious, box_quality
-from envs.vision.loaded_models import shared_detr
+from envs.vision.loaded_models import shared_scene_detector
 from envs.vision.salience import inhibit, salience
 from envs.vision.scene_spec import STUFF
 from envs.vision.scenes import Scene, SceneConfig, Split, make_scene
@@ -72,10 +72,11 @@ class Eye(Protocol):
 
 
 class DetrEye:
-    """A DETR folder as an eye: things of probability above the threshold."""
+    """A DETR folder as an eye: things of probability above the threshold. Raises UserError for a detector of other
+    classes than scenes have."""
 
     def __init__(self, folder: str | Path, threshold: float = 0.5, device: str = "cpu") -> None:
-        self.model, self.threshold, self.device = shared_detr(folder, device), threshold, device
+        self.model, self.threshold, self.device = shared_scene_detector(folder, device), threshold, device
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> list[Detections]:

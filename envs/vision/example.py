@@ -4,7 +4,7 @@ B images, H×W pixels, T objects at most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,31 @@ class Batch:
             pixels = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
             images = images * pixels[:, None]
         return DeviceBatch(images, pixels, Targets(labels, boxes, valid, masks))
+
+
+@dataclass(frozen=True)
+class TrueSegments:
+    """What panoptic quality is measured on: segment numbers at the image's own size, and the labels they have. What has
+    no label is void; crowds are numbers too."""
+
+    ids: np.ndarray  # (H, W) int16
+    labels: dict[int, int]
+    crowds: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class HeldoutBatch:
+    """Held-out images that could be read: their numbers in the source, and their batch; None if there is none."""
+
+    numbers: list[int]
+    batch: Batch | None
+    segments: list[TrueSegments] = field(default_factory=list)  # with masks, of each image
+
+
+def true_segments(example: Example) -> TrueSegments:
+    """Of an example with masks."""
+    assert example.ids is not None
+    return TrueSegments(example.ids, {i: label for i, label in enumerate(example.labels.tolist(), start=1)})
 
 
 @dataclass(frozen=True)

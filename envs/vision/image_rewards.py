@@ -4,7 +4,6 @@ A reward is a function of images (N, H, W, 3) uint8 and their N prompts that ret
 names; any other is given as `module:function`.
 """
 
-import importlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from envs.vision.custom_reward import RewardFailed, failure, import_reward
 from envs.vision.scene_agreement import SceneAgreement
 from envs.vision.shipped_weights import scenes_model
-from models.errors import UserError, unknown_name
+from models.errors import unknown_name
 
 AGREEMENT = "scene-agreement"
 Reward = Callable[[np.ndarray, Sequence[str]], Sequence[float]]
 _QUALITY = 95  # of the JPEG files, as in the paper's code
-
-
-class RewardFailed(UserError):
-    """A reward that raised, hung, or returned something else than numbers: the model and the run are well."""
 
 
 def jpeg_incompressibility(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
@@ -52,14 +48,7 @@ def find_reward(name: str, detector: Path | None = None, device: str = "cpu") ->
         if name not in NAMED:
             raise unknown_name("reward", name, [*NAMED, AGREEMENT])
         return NAMED[name]
-    module, _, attribute = name.partition(":")
-    try:
-        reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"reward {name}: cannot be imported ({error}); is its folder on PYTHONPATH?") from None
-    if not callable(reward):
-        raise UserError(f"reward {name}: is a {type(reward).__name__}, not a function")
-    return reward
+    return import_reward(name)
 
 
 class RewardScorer:
@@ -73,7 +62,7 @@ class RewardScorer:
         try:
             rewards = np.asarray(self._reward(images, prompts), dtype=np.float64)
         except Exception as error:  # a user's function may raise anything
-            raise RewardFailed(f"reward {self._name}: raised {type(error).__name__}: {error}") from error
+            raise failure(self._name, error) from error
         if rewards.shape != (len(images),):
             raise RewardFailed(f"reward {self._name}: returned shape {rewards.shape} for {len(images)} images")
         for reward, prompt in zip(rewards, prompts):

@@ -6,10 +6,12 @@ They are never trained, so that sharing them changes nothing. A folder whose fil
 import functools
 from pathlib import Path
 
+from envs.vision.scene_spec import CATEGORIES, KINDS
 from models.detr.checkpoint import load_detr
 from models.detr.detr import Detr
 from models.diffusion.folder import load_folder
 from models.diffusion.pipeline import LatentDiffusion
+from models.errors import UserError
 
 KEPT = 2  # of each kind
 
@@ -17,6 +19,20 @@ KEPT = 2  # of each kind
 def shared_detr(path: str | Path, device: str) -> Detr:
     """Raises UserError as `load_detr` does."""
     return _detr(Path(path).resolve(), _written(path), device)
+
+
+def shared_scene_detector(path: str | Path, device: str) -> Detr:
+    """A detector whose labels are those of scenes, with or without the backgrounds. Raises UserError as `load_detr`
+    does, and for a detector of other classes."""
+    model = shared_detr(path, device)
+    labels = model.config.labels
+    if not labels:
+        raise UserError(f"{path}: does not name its labels: name those of scenes by id2label in its config.json")
+    for i, wanted in enumerate(CATEGORIES if len(labels) > len(KINDS) else KINDS):
+        if i >= len(labels) or labels[i] != wanted:
+            there = repr(labels[i]) if i < len(labels) else "missing"
+            raise UserError(f"{path}: label {i} is {there}, of scenes it is {wanted!r}; is it a detector of scenes?")
+    return model
 
 
 def shared_diffusion(folder: str | Path, device: str) -> LatentDiffusion:

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from envs.vision.loaded_models import shared_detr
+from envs.vision.loaded_models import shared_scene_detector
 from envs.vision.scene_spec import BACKGROUND_COLOURS, COLOURS, KINDS, ObjectSpec, parse_caption
 from models.detr.detr import DetrOutput, normalise_images
 from models.detr.postprocess import Detections, detections
-from models.errors import UserError
 
 THRESHOLD = 0.5  # probability from which a detection counts
 SLACK = 1 / 12  # of the image's side: how far outside its cell of the 3 × 3 grid an object's centre may lie
@@ -24,9 +23,7 @@ class SceneDetector:
     """A DETR that knows the kinds of scenes. Raises UserError for a detector of other classes."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self._model, self._device = shared_detr(folder, device), device
-        if self._model.config.num_labels < len(KINDS):
-            raise UserError(f"{folder}: has {self._model.config.num_labels} classes; is it a detector of scenes?")
+        self._model, self._device = shared_scene_detector(folder, device), device
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> list[Detections]:

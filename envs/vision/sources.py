@@ -1,5 +1,6 @@
 """Where labelled images come from: scenes rendered on the fly, or a COCO folder. And the actor that makes batches."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,12 +9,14 @@ import numpy as np
 
 from envs.vision.coco import CocoConfig, CocoFolder
 from envs.vision.coco_format import categories, instance_records
-from envs.vision.example import Batch, Example, collate
+from envs.vision.example import Batch, Example, HeldoutBatch, collate, true_segments
 from envs.vision.scene_spec import CATEGORIES, STUFF
 from envs.vision.scenes import SceneConfig, Split, make_scene
 from envs.vision.transforms import ResizeConfig, flipped, resized
 from models.errors import UserError
 from models.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def example(self, index: int) -> Example: ...
+    def example(self, index: int, masks: bool = True) -> Example:
+        """masks: open them too."""
+        ...
 
     def truth(self, indices: Sequence[int]) -> dict[str, Any]:
         """The things of these images as COCO's evaluation wants them; an image's number is its index."""
@@ -53,7 +58,7 @@ class SceneSource:
     def __len__(self) -> int:
         return 2**62  # no end
 
-    def example(self, index: int) -> Example:
+    def example(self, index: int, masks: bool = True) -> Example:
         scene = make_scene(self.config, self.seed, index, self.split)
         height, width = scene.ids.shape
         labels = np.append(scene.labels, scene.spec.background_label)
@@ -62,7 +67,15 @@ class SceneSource:
         return Example(scene.image, labels, boxes, ids)
 
     def truth(self, indices: Sequence[int]) -> dict[str, Any]:
-        return _truth(self, [(i, self.example(i)) for i in indices])
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number in indices:
+            example = self.example(number)
+            things = [i for i, label in enumerate(example.labels.tolist()) if label not in self.stuff]
+            first = len(annotations) + 1
+            annotations += instance_records(number, example.labels[things], example.boxes[things], None, first)
+            images.append({"id": number, "height": example.image.shape[0], "width": example.image.shape[1]})
+        return {"images": images, "annotations": annotations, "categories": _things(self)}
 
 
 class CocoSource:
@@ -73,35 +86,23 @@ class CocoSource:
     def __len__(self) -> int:
         return len(self.folder)
 
-    def example(self, index: int) -> Example:
-        return self.folder.example(index)
+    def example(self, index: int, masks: bool = True) -> Example:
+        return self.folder.example(index, masks)
 
     def truth(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Of an instances file: its own records, with crowds and the areas of masks, so that AP is the official one."""
-        number_of = {self.folder.records[i].id: i for i in indices}
-        if self.folder.config.panoptic:
-            return _truth(self, [(i, self.example(i)) for i in indices])
-        dataset = self.folder.dataset
-        kept = [a for a in dataset["annotations"] if a.get("image_id") in number_of]
+        """Boxes and areas as the file has them, and its crowds, so that AP is the official one. Opens no image."""
+        records = [(i, self.folder.records[i]) for i in indices]
+        kept = [{**annotation, "image_id": i} for i, record in records for annotation in record.annotations]
         return {
-            "images": [{**r, "id": number_of[r["id"]]} for r in dataset["images"] if r.get("id") in number_of],
-            "annotations": [{**a, "image_id": number_of[a["image_id"]]} for a in kept],
-            "categories": dataset["categories"],
+            "images": [{"id": i, "height": record.height, "width": record.width} for i, record in records],
+            "annotations": [{**annotation, "id": number} for number, annotation in enumerate(kept, start=1)],
+            "categories": _things(self),
         }
 
 
-def _truth(source: Source, examples: Sequence[tuple[int, Example]]) -> dict[str, Any]:
-    annotations: list[dict[str, Any]] = []
-    for number, example in examples:
-        things = [i for i, label in enumerate(example.labels.tolist()) if label not in source.stuff]
-        records = instance_records(number, example.labels[things], example.boxes[things], None, len(annotations) + 1)
-        annotations += [{**r, "category_id": source.category_ids[r["category_id"] - 1]} for r in records]
+def _things(source: Source) -> list[dict[str, Any]]:
     things = [i for i in range(len(source.names)) if i not in source.stuff]
-    return {
-        "images": [{"id": n, "height": e.image.shape[0], "width": e.image.shape[1]} for n, e in examples],
-        "annotations": annotations,
-        "categories": [{"id": source.category_ids[i], "name": source.names[i]} for i in things],
-    }
+    return [{"id": source.category_ids[i], "name": source.names[i]} for i in things]
 
 
 def make_source(config: DataConfig, seed: int, heldout: bool) -> Source:
@@ -130,17 +131,32 @@ class BatchLoader:
         source = self.source(heldout=False)
         indices = [self._index(len(source), i) for i in range(number * self.batch_size, (number + 1) * self.batch_size)]
         if isinstance(source, CocoSource):
-            examples = [source.folder.readable(i)[1] for i in indices]
+            examples = [source.folder.readable(i, masks=self.masks)[1] for i in indices]
             rng = np.random.default_rng(derive_seed(self.seed, "augmentation", number))
             return self._collate([resized(flipped(e, rng), self.config.resize, rng) for e in examples])
         return self._collate([source.example(i) for i in indices])
 
-    def heldout_batch(self, first: int, count: int) -> Batch:
+    def heldout_batch(self, first: int, count: int) -> HeldoutBatch:
+        """Images `first` to `first + count - 1`. Of a folder, with `on_bad="skip"`, without those that cannot be
+        read, which are named in the log; otherwise UserError."""
         source = self.source(heldout=True)
-        examples = [source.example(i) for i in range(first, first + count)]
-        if isinstance(source, CocoSource):
-            examples = [resized(e, self.config.resize, None) for e in examples]
-        return self._collate(examples)
+        numbers: list[int] = []
+        examples: list[Example] = []
+        for number in range(first, first + count):
+            try:
+                examples.append(source.example(number, self.masks))
+                numbers.append(number)
+            except UserError as error:
+                if self.config.coco.on_bad == "refuse":
+                    raise
+                log.warning("left out: %s", error)
+        if not examples:
+            return HeldoutBatch([], None)
+        if not isinstance(source, CocoSource):
+            return HeldoutBatch(numbers, self._collate(examples), [true_segments(e) for e in examples if self.masks])
+        batch = self._collate([resized(e, self.config.resize, None) for e in examples])
+        pairs = zip(numbers, examples) if self.masks else ()
+        return HeldoutBatch(numbers, batch, [source.folder.segments(number, e) for number, e in pairs])
 
     def _collate(self, examples: list[Example]) -> Batch:
         if not self.masks:

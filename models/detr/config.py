@@ -1,6 +1,6 @@
 """The shape of a DETR, under the names that transformers' config.json has for it."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from models.errors import UserError
@@ -90,13 +90,16 @@ def from_hf(content: dict[str, Any], source: str) -> DetrConfig:
         if content.get(key, wanted) != wanted:
             raise UserError(f"{source}: {key} is {content[key]!r}; only {wanted!r} is supported")
     names = content.get("id2label") or {}
-    count = len(names) or content.get("num_labels", 91)
+    count = len(names) or content.get("num_labels", 2)  # transformers' default
     if sorted(map(int, names)) != list(range(len(names))):
         raise UserError(f"{source}: id2label must name the classes 0 to {len(names) - 1} without gaps")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
+    if labels == tuple(f"LABEL_{i}" for i in range(count)):  # transformers' way of saying that they have none
+        labels = ()
     architectures = content.get("architectures") or []
     return DetrConfig(
         num_labels=count,
-        labels=tuple(str(names[str(i)]) for i in range(count)) if names else (),
+        labels=labels,
         mask_head="DetrForSegmentation" in architectures,
         backbone=_backbone(content, source),
         **{name: content[name] for name in SHARED if name in content},
@@ -130,29 +133,42 @@ def _backbone(content: dict[str, Any], source: str) -> ResNetConfig:
 
 
 def to_hf(config: DetrConfig) -> dict[str, Any]:
-    """What config.json has to say so that transformers builds this model with its own ResNet (no timm needed).
+    """What config.json has to say so that transformers builds this model: with its own ResNet (no timm needed), or with
+    timm's if the backbone is dilated, which transformers has only so.
 
-    Raises UserError for a dilated backbone, which transformers has only through timm.
+    Raises UserError for a dilated backbone that is none of timm's.
     """
-    if config.backbone.dilation:
-        raise UserError("a dilated (DC5) backbone cannot be saved for transformers' own ResNet, which has no dilation")
-    backbone = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config.backbone).items() if k != "dilation"
-    }
-    stages = [f"stage{i + 1}" for i in range(len(config.backbone.depths))]
     names = config.labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
     return {
         "model_type": "detr",
         "architectures": ["DetrForSegmentation" if config.mask_head else "DetrForObjectDetection"],
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "use_timm_backbone": False,
         "use_pretrained_backbone": False,
+        **(_timm_backbone(config.backbone) if config.backbone.dilation else _own_backbone(config)),
+        **{name: getattr(config, name) for name in SHARED},
+    }
+
+
+def _timm_backbone(backbone: ResNetConfig) -> dict[str, Any]:
+    for name, shape in TIMM_RESNETS.items():
+        if replace(backbone, dilation=False) == ResNetConfig(*shape):
+            return {"use_timm_backbone": True, "backbone": name, "backbone_config": None, "dilation": True}
+    raise UserError(
+        "a dilated (DC5) backbone is saved under a name of timm's, and this one has none; only "
+        f"{', '.join(TIMM_RESNETS)} have"
+    )
+
+
+def _own_backbone(config: DetrConfig) -> dict[str, Any]:
+    stages = [f"stage{i + 1}" for i in range(len(config.backbone.depths))]
+    shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config.backbone).items() if k != "dilation"}
+    return {
+        "use_timm_backbone": False,
         "backbone": None,
         "backbone_config": {
             "model_type": "resnet",
             "out_features": stages if config.mask_head else stages[-1:],
-            **backbone,
+            **shape,
         },
-        **{name: getattr(config, name) for name in SHARED},
     }

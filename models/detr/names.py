@@ -27,6 +27,7 @@ TOP = {
     "decoder.layernorm": "transformer.decoder.norm",
 }
 HEADS = {"class_labels_classifier": "class_embed", "bbox_predictor": "bbox_embed"}
+BACKBONE = "model.backbone.conv_encoder.model."
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -105,8 +106,10 @@ def _from_own_resnet(name: str) -> str:
     return f"{inside}.{'conv' if kind == 'convolution' else 'bn'}{int(part.partition('.')[2]) + 1}.{leaf}"
 
 
-def to_transformers(named: Iterable[tuple[str, Tensor]], mask_head: bool) -> Iterator[tuple[str, Tensor]]:
-    """Our names to those in transformers' files, with its own ResNet as the backbone."""
+def to_transformers(
+    named: Iterable[tuple[str, Tensor]], mask_head: bool, own_resnet: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names to those in transformers' files, with its own ResNet as the backbone, or timm's."""
     for name, tensor in named:
         if name.endswith("num_batches_tracked"):
             continue
@@ -114,6 +117,9 @@ def to_transformers(named: Iterable[tuple[str, Tensor]], mask_head: bool) -> Ite
             yield name, tensor
             continue
         prefix = "detr." if mask_head else ""
+        if not own_resnet and name.startswith("backbone."):
+            yield f"{prefix}{BACKBONE}{name.removeprefix('backbone.')}", tensor
+            continue
         stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
         if stacked:
             for projection, third in zip(PROJECTIONS, tensor.chunk(3)):
@@ -133,7 +139,7 @@ def _to_transformers(name: str) -> str:
         their_parts = {ours: theirs for theirs, ours in LAYER_PARTS[stack].items()}
         part = {"linear1": "fc1", "linear2": "fc2"}.get(part, their_parts.get(part, part))
         return f"model.{stack}.layers.{number}.{part}.{rest}"
-    return "model.backbone.conv_encoder.model." + _to_own_resnet(name.removeprefix("backbone."))
+    return BACKBONE + _to_own_resnet(name.removeprefix("backbone."))
 
 
 def _to_own_resnet(name: str) -> str:

@@ -47,7 +47,10 @@ Part = TypeVar("Part", bound=nn.Module)
 def load_folder(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LatentDiffusion:
-    """Read a folder. Raises UserError naming what is missing, of another kind, broken, or of another shape."""
+    """Read a folder, with its scheduler as diffusers' pipeline sets it (`SchedulerConfig.in_pipeline`).
+
+    Raises UserError naming what is missing, of another kind, broken, or of another shape.
+    """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
@@ -69,7 +72,7 @@ def load_folder(
         unet=_load_part(folder / "unet", UNetConfig, UNet, dtype, device),
         text_encoder=_load_part(folder / "text_encoder", TextEncoderConfig, TextEncoder, dtype, device),
         tokenizer=PromptTokenizer.load(folder / "tokenizer"),
-        scheduler=SchedulerConfig.from_json(read_json(scheduler_file), str(scheduler_file)),
+        scheduler=SchedulerConfig.from_json(read_json(scheduler_file), str(scheduler_file)).in_pipeline(),
     )
     _check_fit(model, folder)
     return model

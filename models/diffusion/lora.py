@@ -1,11 +1,13 @@
 """Low-rank adapters on the UNet (Hu et al. 2021, arXiv 2106.09685), in diffusers' file format.
 
 pytorch_lora_weights.safetensors holds `unet.<layer>.lora_A.weight` (r × in) and `.lora_B.weight` (out × r), and in its
-header, under `lora_adapter_metadata`, rank and α. A file without that header means α = r. The names that diffusers
-wrote before it used peft (`.lora.down.weight`, `.lora.up.weight`) are read too.
+header, under `lora_adapter_metadata`, rank and α. A file without that header means α = r. Older names are read too:
+those of diffusers' own layers (`<layer>.lora.down.weight`, `.lora.up.weight`), and those of the attention processors
+that it had before them (`<attention>.processor.to_q_lora.down.weight`; `to_out_lora` is the Linear `to_out.0`).
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _NAME = "default"
 _PREFIX = "unet."
 _METADATA = "lora_adapter_metadata"
+_OF_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")
 _OLD_SUFFIXES = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
 
 
@@ -87,9 +90,7 @@ def load_lora(unet: UNet, folder: Path) -> None:
     linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
     pairs: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in tensors.items():
-        name = stored_name
-        for old, new in _OLD_SUFFIXES.items():
-            name = name.replace(old, new)
+        name = _today(stored_name)
         layer, _, part = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not name.startswith(_PREFIX) or part not in ("A.weight", "B.weight"):
             raise UserError(f"{file}: {stored_name} is not supported; only plain LoRA on the UNet's Linears is")
@@ -142,6 +143,13 @@ def _replace(unet: UNet, name: str, module: nn.Module) -> None:
 
 def _is_target(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _today(name: str) -> str:
+    name = _OF_PROCESSOR.sub(r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora.")
+    for old, new in _OLD_SUFFIXES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

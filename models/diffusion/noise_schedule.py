@@ -29,12 +29,11 @@ _FIXED = {
     "clip_sample_range": 1.0, "interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None,
     "sigma_max": None, "final_sigmas_type": "zero", "solver_order": 2, "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint", "euler_at_final": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-    "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False,
+    "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False, "lambda_min_clipped": -math.inf,
 }  # fmt: skip
 _FREE = {
     "dynamic_thresholding_ratio",
     "sample_max_value",
-    "lambda_min_clipped",
     "lower_order_final",
     "flow_shift",
     "time_shift_type",
@@ -91,6 +90,11 @@ class SchedulerConfig:
             if given.get(key) is not None and given[key] not in choices:
                 raise UserError(f"{source}: {key} is {given[key]!r}; use {', '.join(choices)}")
         return cls(**given)
+
+    def in_pipeline(self) -> "SchedulerConfig":
+        """As StableDiffusionPipeline has it, whatever scheduler_config.json says: latents are never clamped, and
+        "leading" timesteps begin at 1. Settings that later schedulers inherit through `with_name`, too."""
+        return replace(self, steps_offset=1, clip_sample=False)
 
     def to_json(self) -> dict[str, Any]:
         given = {key: value for key, value in asdict(self).items() if value is not None and key != "name"}

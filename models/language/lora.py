@@ -44,6 +44,13 @@ def checked_targets(model: Decoder, config: LoraConfig) -> list[tuple[str, str]]
     targets = _find(model, config.validate().targets)
     if any(part != "weight" for _, part in targets):
         require_expert_settings(config, model.embed_tokens.weight.element_size())
+    for name, part in targets if config.init == "pissa" else []:
+        shape = model.get_submodule(name).get_parameter(part).shape[-2:]
+        if config.r > min(shape):
+            raise UserError(
+                f"lora: init 'pissa' starts from the first {config.r} singular vectors, and {name} of shape "
+                f"{tuple(shape)} has {min(shape)}: use a rank of at most {min(shape)}, or init 'uniform'"
+            )
     return targets
 
 

@@ -11,6 +11,7 @@ from gymnasium.spaces import Box
 from agents.experience import ExperienceWorker
 from agents.noise import OrnsteinUhlenbeck
 from agents.rollout import RolloutConfig, Snapshot
+from models.control.numpy_policies import NumpyDeterministic
 from models.control.q_networks import DeterministicActor
 
 GAMMA = 0.9
@@ -36,8 +37,8 @@ class Known(gymnasium.Env):
 def worker(noise: OrnsteinUhlenbeck | None = None, std: float = 0.3) -> tuple[ExperienceWorker, Snapshot]:
     torch.manual_seed(0)
     actor = DeterministicActor(2, 1, (8,), "relu", std)
-    config = RolloutConfig("tests.agents.test_experience:Known", 3, actor.numpy_policy, 0, GAMMA, 60.0)
-    return ExperienceWorker(config, noise, actor_index=1), Snapshot(7, actor.flat_weights())
+    config = RolloutConfig("tests.agents.test_experience:Known", 3, actor.numpy_policy, 0, GAMMA, 60.0, noise)
+    return ExperienceWorker(config, actor_index=1), Snapshot(7, actor.flat_weights())
 
 
 @pytest.mark.parametrize("random", [True, False])
@@ -97,6 +98,24 @@ def test_ornstein_uhlenbeck_has_the_moments_of_its_equation() -> None:
     phi = 1 - 2.0 * 0.05  # an AR(1) process
     assert x.std() == pytest.approx((0.05 / (1 - phi**2)) ** 0.5, rel=0.02)
     assert np.corrcoef(x[:, 0], earlier[:, 0])[0, 1] == pytest.approx(phi**20, abs=0.02)
+
+
+def test_a_sampled_evaluation_has_the_noise_that_the_worker_plays_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random walk from 0, in episodes of four steps with a dummy between two."""
+    actor, snapshot = worker(OrnsteinUhlenbeck(theta=0.0, dt=1.0))
+    noises: list[np.ndarray] = []
+    act = NumpyDeterministic.act
+
+    def watched(self: NumpyDeterministic, outputs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        noises.append(noise.copy())
+        return act(self, outputs, noise)
+
+    monkeypatch.setattr(NumpyDeterministic, "act", watched)
+    assert actor.evaluate(snapshot, 64 * 20, seed=0, greedy=False, slice_s=60) is not None
+    spread = np.stack(noises)[..., 0].std(1)
+    assert spread[:4] == pytest.approx(np.sqrt([1, 2, 3, 4]), rel=0.3)
+    phases = spread[4:99].reshape(19, 5).mean(0)  # of the dummy and the four steps after it
+    assert phases == pytest.approx(np.sqrt([1, 2, 3, 4, 5]), rel=0.1)
 
 
 def test_noise_begins_anew_with_each_episode() -> None:

@@ -101,6 +101,38 @@ def test_fragments_are_learnt_from_again_and_the_oldest_are_dropped() -> None:
         assert all(update - 3 <= version < update for version in seen[1:])
 
 
+def test_what_is_learnt_from_again_is_normalised_by_the_statistics_of_now() -> None:
+    config = replace(SHORT, env=COUNTING, replays=1, kept_fragments=1, normalize_observations=True)
+    learner = OffPAC(replace(config, normalize_rewards=True), seed=0)
+    first = played(config, learner)
+    learner.learn(first)
+    learner.learn(played(config, learner))
+    moments = learner.observation_moments
+    seen: list[Fragment] = []
+    update_on = learner.update_on
+    learner.update_on = lambda fragment: seen.append(fragment) or update_on(fragment)  # type: ignore
+    kept, third = learner.kept[0], played(config, learner)
+    learner.learn(third)
+    std = learner.return_moments.std()
+    for found, raw in zip(seen, (third, kept), strict=True):
+        expected = (raw.observations - moments.mean) / moments.std()
+        np.testing.assert_allclose(found.observations, expected, atol=1e-5)
+        np.testing.assert_allclose(found.rewards, raw.rewards / std, rtol=1e-5)
+    assert learner.kept[0] is third
+
+
+def test_fragments_of_an_older_checkpoint_are_left_behind_if_they_are_normalised() -> None:
+    for normalized, left in ((False, 1), (True, 0)):
+        config = replace(SHORT, env=COUNTING, normalize_observations=normalized)
+        learner = OffPAC(config, seed=0)
+        learner.learn(played(config, learner))
+        state = learner.state()
+        for older, expected in ((False, 1), (True, left)):
+            again = OffPAC(config, seed=0)
+            again.load_state({k: v for k, v in state.items() if not older or k != "kept_as_played"})
+            assert len(again.kept) == expected
+
+
 def test_a_checkpoint_of_something_else() -> None:
     state = OffPAC(SHORT, 0).state()
     with pytest.raises(UserError, match="checkpoint is of CartPole-v1"):

@@ -1,5 +1,6 @@
 """What every on-policy algorithm has to do: learn, repeat itself, resume, refuse."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 
 from agents import on_policy
 from agents.a2c import A2C, A2CConfig
+from agents.evaluation import evaluate_and_save
 from agents.on_policy import OnPolicyConfig, batch
+from agents.ppo import PPO
+from agents.qac import QAC
 from agents.rollout import RolloutConfig, RolloutWorker
+from agents.trpo import TRPO
 from launch import jobs
 from models.errors import UserError
 from tests.agents.runs import assert_equal, final_state, metrics, runtime, train, train_until_killed
@@ -20,7 +25,8 @@ from tests.agents.runs import assert_equal, final_state, metrics, runtime, train
 HERE = "tests.envs.control.environments"
 COUNTING, REACHING = f"{HERE}:Counting-v0", f"{HERE}:Reaching"
 SHORT = {"steps": 1800, "workers": 1, "eval_every": 800, "log_every": 400, "eval_episodes": 2, "n_steps": 8}
-JOBS = ["qac", "a2c", "trpo", "ppo"]
+LEARNERS: dict[str, Any] = {"qac": QAC, "a2c": A2C, "trpo": TRPO, "ppo": PPO}
+JOBS = list(LEARNERS)
 
 
 def short(job: str, **changes: Any) -> Any:
@@ -73,7 +79,9 @@ def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path) -> None:
     jobs.find("a2c").evaluator()(replace(config, eval_episodes=7), run)  # type: ignore[misc]
     run.close()
     assert metrics(tmp_path, "run")[-1]["eval/return_mean"] == 15
-    sampled = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["eval/sampled/return_mean"]
+    found = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]
+    sampled = found["eval/sampled/return_mean"]
+    assert found["eval/episodes"] == 7
     assert 5 < sampled <= 15
     rows = [json.loads(line) for line in next((tmp_path / "run/rollouts").glob("*.jsonl")).read_text().splitlines()]
     assert [row["policy"] for row in rows] == ["greedy"] * 7 + ["sampled"] * 7
@@ -90,7 +98,7 @@ def fragment_of(learner: on_policy.Learner, env: str, steps: int = 20) -> Any:
     return RolloutWorker(rollout).collect(learner.snapshot(), steps, 0, True)
 
 
-def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None:
+def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation(tmp_path: Path) -> None:
     config = short("a2c", env=REACHING, normalize_observations=True, normalize_rewards=True)
     learner = A2C(config, 0)
     fragment = fragment_of(learner, REACHING)
@@ -98,11 +106,26 @@ def test_normalisers_learn_from_fragments_and_are_frozen_in_evaluation() -> None
     snapshot = learner.snapshot()
     assert snapshot.normalizer is not None
     np.testing.assert_allclose(snapshot.normalizer.mean, fragment.observations[:-1][fragment.valid].mean(0), atol=1e-6)
-    before = learner.state()
-    worker = RolloutWorker(RolloutConfig(REACHING, 4, learner.policy.numpy_policy, 0, 0.99, 60))
-    first, _ = worker.evaluate(snapshot, 20, 0, greedy=True)
-    np.testing.assert_array_equal(first, worker.evaluate(snapshot, 20, 0, greedy=True)[0])
+    before = copy.deepcopy(learner.state())
+    run = runtime(tmp_path, "run")
+    workers = learner.start_workers(run)
+    for _ in range(2):
+        evaluate_and_save(config, run, workers, learner, {}, learner.state)
+    run.close()
     assert_equal(learner.state(), before)
+    first, second = metrics(tmp_path, "run")
+    assert first == second
+
+
+def test_what_is_learnt_from_is_what_the_policy_saw() -> None:
+    """Normalised by the statistics from before the fragment, which the snapshot that played it had."""
+    learner, seen = A2C(short("a2c", env=REACHING, normalize_observations=True), 0), []
+    learner.update = lambda fragment: seen.append(fragment) or {}  # type: ignore
+    for _ in range(2):
+        snapshot, fragment = learner.snapshot(), fragment_of(learner, REACHING)
+        learner.learn(fragment)
+        np.testing.assert_array_equal(seen[-1].observations, snapshot.normalizer(fragment.observations))  # type: ignore
+    assert (seen[-1].observations != fragment.observations).any()
 
 
 def test_rewards_are_divided_by_the_spread_of_the_discounted_return() -> None:
@@ -129,6 +152,18 @@ def test_a_batch_holds_the_valid_steps_with_normalised_advantages() -> None:
     # Dummies do not reach into what is left: any reward there changes nothing.
     poisoned = replace(fragment, rewards=np.where(fragment.valid, fragment.rewards, 1e6).astype(np.float32))
     torch.testing.assert_close(batch(poisoned, values, learner.config).targets, steps.targets)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_single_step_is_learnt_from(tmp_path: Path, job: str) -> None:
+    """One environment, one step an update: nothing to compare it with, so its advantage is left as it is."""
+    config = short(job, n_steps=1, envs_per_worker=1, **({"segments": 1, "ent_coef": 0.0} if job == "a2c" else {}))
+    learner = LEARNERS[job](config, 0)
+    fragment = fragment_of(learner, "CartPole-v1", 2)
+    before = learner.policy.flat_weights().copy()
+    found = learner.learn(replace(fragment.steps(0, 1), valid=fragment.valid[:1] & (np.arange(4) == 0)))
+    assert np.isfinite(list(found.values())).all()
+    assert (learner.policy.flat_weights() != before).any()
 
 
 def test_learning_rates_fall_or_stay() -> None:
@@ -160,10 +195,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("job", "settings"),
+    [
+        ("a2c", {"segments": 1}),
+        ("ppo", {"epochs": 1, "minibatch": 100_000}),
+        ("ppo", {"epochs": 3}),
+        ("qac", {"n_steps": 1}),
+        ("offpac", {"replays": 0}),
+    ],
+)
+def test_weights_that_are_not_finite_are_neither_saved_nor_played(
+    tmp_path: Path, job: str, settings: dict[str, Any]
+) -> None:
+    """A single step with such a rate ends there, from a loss that was finite."""
+    with pytest.raises(UserError, match=r"weights are not finite at step \d+, and were not saved: try a lower --lr"):
+        train(job, short(job, **{"lr": 1e38, "max_grad_norm": 1e9, "eval_every": 50} | settings), tmp_path, "run")
+    assert not any((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"env": "Acrobot-v1"}, "checkpoint is of CartPole-v1, not of Acrobot-v1"),
         ({"hidden": (32,)}, "not that of --hidden"),
+        ({"activation": "relu"}, "policy has activation = tanh, not relu: leave out --activation"),
+        ({"normalize_observations": True}, "has normalize_observations = False, not True: leave out --normalize-obs"),
     ],
 )
 def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) -> None:
@@ -171,6 +227,21 @@ def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         A2C(short("a2c", **change), 0).load_state(state)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_how_long_noise_is_held_is_the_policy_s() -> None:
+    config = short("a2c", env="Pendulum-v1", sde_steps=4)
+    state = A2C(config, 0).state()
+    A2C(config, 0).load_state(state)
+    with pytest.raises(UserError, match="has sde_steps = 4, not 8: leave out --sde-steps"):
+        A2C(replace(config, sde_steps=8), 0).load_state(state)
+
+
+def test_a_checkpoint_of_before_its_settings_were_kept() -> None:
+    learner = A2C(short("a2c"), 0)
+    state = learner.state()
+    del state["settings"]
+    A2C(short("a2c", activation="relu"), 0).load_state(state)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +253,13 @@ def test_a_checkpoint_of_something_else(change: dict[str, Any], message: str) ->
         ({"gamma": 1.5}, "--gamma is 1.5: must be at most 1"),
         ({"ent_coef": -0.1}, "--ent-coef is -0.1: must not be negative"),
         ({"hidden": (64, 0)}, "widths must be positive"),
+        ({"lr": float("nan")}, "--lr is nan: must be finite"),
+        ({"lr": float("inf")}, "--lr is inf: must be finite"),
+        ({"gamma": float("nan")}, "--gamma is nan: must be finite"),
+        ({"step_timeout_s": float("inf")}, "--step-timeout-s is inf: must be finite"),
+        ({"log_std_init": float("-inf")}, "--log-std-init is -inf: must be finite"),
+        ({"gae_lambda": 1.5}, "--gae-lambda is 1.5: must be at most 1"),
+        ({"gae_lambda": -0.5}, "--gae-lambda is -0.5: must not be negative"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -191,6 +269,14 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
 
 def test_settings_that_may_be_zero_or_negative() -> None:
     assert short("a2c", ent_coef=0.0, log_std_init=-1.0).ent_coef == 0
+    for job in ("a2c", "trpo", "ppo", "offpac"):
+        assert short(job, gae_lambda=0.0, gamma=0.0).gae_lambda == 0
+
+
+def test_settings_that_would_do_nothing() -> None:
+    with pytest.raises(UserError, match="--sde-steps 4 is for continuous actions, and those of CartPole-v1 are disc"):
+        A2C(short("a2c", sde_steps=4), 0)
+    assert not hasattr(short("qac"), "gae_lambda")
 
 
 def test_an_unknown_environment_starts_nothing(tmp_path: Path) -> None:

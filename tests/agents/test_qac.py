@@ -43,6 +43,27 @@ def test_the_critic_learns_from_the_action_taken_next(env: str) -> None:
         q.load_state_dict(before)
 
 
+@pytest.mark.parametrize("valid", [4, 3, 1])
+def test_the_actor_s_gradient_is_that_of_the_objective(valid: int) -> None:
+    """(Q - E Q) / σ ∇log π + ent_coef ∇entropy over the valid environments, against a loop; one alone has no σ."""
+    learner, fragment = learner_and_fragment("Counting-v0", ent_coef=0.1)
+    step = fragment.steps(1, 2)
+    step.valid[0, valid:] = False
+    differences, gradients = [], []
+    for n in range(valid):
+        x, a = torch.from_numpy(step.observations[0, n]), int(step.actions[0, n])
+        chances = learner.policy.net(x).softmax(-1)
+        q = torch.stack([learner.critic(x[None], torch.tensor([i]))[0] for i in range(3)]).detach()
+        differences.append((q[a] - (chances.detach() * q).sum()).item())
+        gradients.append((chances[a].log(), -(chances * chances.log()).sum()))
+    sigma = np.std(differences) + 1e-3 if valid > 1 else 1.0
+    objective = sum(d / sigma * log_prob + 0.1 * entropy for d, (log_prob, entropy) in zip(differences, gradients))
+    expected = torch.autograd.grad(-objective / valid, list(learner.policy.parameters()))
+    learner.update_on(step, torch.from_numpy(fragment.actions[2]))
+    for parameter, gradient in zip(learner.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
 def test_dummy_steps_are_not_learned_from() -> None:
     learner, fragment = learner_and_fragment("Counting-v0")
     assert not fragment.valid[5].any()

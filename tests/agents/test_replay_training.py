@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents import evaluation
 from agents.ddpg import DDPG, DDPGConfig
 from agents.replay_training import ReplayConfig
 from agents.sac import SAC, SACConfig
@@ -74,16 +75,26 @@ def test_the_learning_rate_falls_to_zero(tmp_path: Path) -> None:
     assert 0 <= rate < 0.05 * SHORT["td3"].lr
 
 
-def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path) -> None:
+def test_evaluate_plays_the_policy_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from agents import ddpg
 
+    snapshots, play_episodes = [], evaluation.play_episodes
+
+    def watched(config: Any, workers: Any, snapshot: Any, *args: Any, **options: Any) -> Any:
+        snapshots.append(snapshot)
+        return play_episodes(config, workers, snapshot, *args, **options)
+
     trained = train("ddpg", SHORT["ddpg"], tmp_path, "run")
+    monkeypatch.setattr(evaluation, "play_episodes", watched)
     run = runtime(tmp_path, "run", resume=True)
     ddpg.evaluate(replace(SHORT["ddpg"], eval_episodes=10), run)
     run.close()
     found = run.summary_metrics()
     assert found["eval/return_mean"] != trained["eval/return_mean"]  # other episodes
-    assert found["eval/return_mean"] == pytest.approx(trained["eval/return_mean"], abs=400)
+    weights = final_state(tmp_path, "run")["networks"]["actor"].values()
+    assert len(snapshots) == 2
+    for snapshot in snapshots:
+        np.testing.assert_array_equal(snapshot.weights, torch.cat([weight.flatten() for weight in weights]))
     assert found["eval/sampled/return_mean"] != found["eval/return_mean"]
     fresh = runtime(tmp_path, "fresh")
     with pytest.raises(UserError, match="no checkpoint yet"):
@@ -109,11 +120,21 @@ def test_a_checkpoint_of_something_else() -> None:
         DDPG(replace(SHORT["ddpg"], env="MountainCarContinuous-v0"), 0).load_state(state)
     with pytest.raises(UserError, match="not that of --hidden"):
         DDPG(replace(SHORT["ddpg"], hidden=(16,)), 0).load_state(state)
+    for change in ({"activation": "tanh"}, {"noise": "gaussian"}, {"noise_std": 0.2}, {"ou_theta": 1.0}):
+        with pytest.raises(UserError, match=f"policy has {next(iter(change))} = .*: leave out --"):
+            DDPG(replace(SHORT["ddpg"], **change), 0).load_state(state)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite at step"):
         train("ddpg", replace(SHORT["ddpg"], lr=1e30), tmp_path, "run")
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_they_are_played(tmp_path: Path) -> None:
+    """Of one gradient step to a fragment, whose losses are those before it."""
+    once = replace(SHORT["ddpg"], learning_starts=31, lr=1e38, updates_per_step=1 / 31, eval_every=1200)
+    with pytest.raises(UserError, match="weights are not finite at step 64"):
+        train("ddpg", once, tmp_path, "run")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         ({"batch_size": 0}, "--batch-size is 0: must be positive"),
         ({"noise_std": -0.1}, "--noise-std is -0.1: must not be negative"),
         ({"learning_starts": -1}, "--learning-starts is -1"),
+        ({"learning_starts": 1200}, "--learning-starts is 1200: with --steps 1200 nothing would be learnt"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -131,7 +153,7 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
 
 
 def test_no_noise_and_no_warm_up_are_settings() -> None:
-    replace(SHORT["ddpg"], noise_std=0.0, learning_starts=0)
+    replace(SHORT["ddpg"], noise_std=0.0, learning_starts=0, gamma=0.0)
 
 
 class Unbounded:

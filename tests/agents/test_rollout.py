@@ -1,5 +1,4 @@
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from agents.moments import Moments, Normalizer
-from agents.rollout import ATTEMPTS, RolloutConfig, RolloutWorker, Snapshot, call_each, join
+from agents.rollout import RolloutConfig, RolloutWorker, Snapshot, join
 from envs.control.spaces import DiscreteActions
 from envs.control.vector_env import control_spaces
 from models.control.policies import CategoricalPolicy, GaussianPolicy, Policy, StateDependentGaussianPolicy
@@ -116,27 +115,53 @@ def test_join_and_cut() -> None:
 @pytest.mark.parametrize("episodes", [0, 1, 5, 64, 100])
 def test_evaluation_plays_that_many_whole_episodes_greedily(episodes: int) -> None:
     actor, snapshot = worker()
-    returns, lengths = actor.evaluate(snapshot, episodes, seed=0, greedy=True)
+    returns, lengths = actor.evaluate(snapshot, episodes, seed=0, greedy=True, slice_s=60)
     assert returns.shape == lengths.shape == (episodes,)
     assert len(set(returns.tolist())) <= 1  # a deterministic environment and a greedy policy
     assert set(lengths.tolist()) <= {5}
-    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, episodes, seed=0, greedy=True)[0])
+    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, episodes, seed=0, greedy=True, slice_s=60)[0])
 
 
 def test_evaluation_may_sample() -> None:
     actor, snapshot = worker()
     flat = replace(snapshot, weights=snapshot.weights * 0)
-    sampled, _ = actor.evaluate(flat, 50, seed=0, greedy=False)
+    sampled, _ = actor.evaluate(flat, 50, seed=0, greedy=False, slice_s=60)
     assert len(set(sampled.tolist())) > 3
-    np.testing.assert_array_equal(sampled, actor.evaluate(flat, 50, seed=0, greedy=False)[0])
-    assert (sampled != actor.evaluate(flat, 50, seed=1, greedy=False)[0]).any()
+    np.testing.assert_array_equal(sampled, actor.evaluate(flat, 50, seed=0, greedy=False, slice_s=60)[0])
+    assert (sampled != actor.evaluate(flat, 50, seed=1, greedy=False, slice_s=60)[0]).any()
+
+
+def test_an_evaluation_in_slices_is_the_same_evaluation() -> None:
+    actor, snapshot = worker("CartPole-v1")
+    whole = actor.evaluate(snapshot, 10, seed=0, greedy=False, slice_s=60)
+    for _ in range(whole[1].max()):
+        sliced = actor.evaluate(snapshot, 10, seed=0, greedy=False, slice_s=1e-9)  # a slice is at least a step
+        if sliced is not None:
+            break
+        assert actor.under_way is not None
+    assert actor.under_way is None
+    np.testing.assert_array_equal(sliced, whole)
+
+
+def test_no_alarm_rings_between_two_slices() -> None:
+    actor, snapshot = worker(step_timeout_s=0.2)
+    assert actor.evaluate(snapshot, 3, seed=0, greedy=True, slice_s=1e-9) is None
+    time.sleep(0.4)
+    assert actor.evaluate(snapshot, 3, seed=0, greedy=True, slice_s=1e-9) is None
+
+
+def test_an_evaluation_that_failed_is_not_gone_on_with() -> None:
+    actor, snapshot = worker(f"{HERE}:Raising")
+    for _ in range(2):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            actor.evaluate(snapshot, 1, 0, greedy=True, slice_s=60)
 
 
 def test_evaluation_leaves_the_running_episodes_alone() -> None:
     (one, weights), (two, _) = worker("CartPole-v1"), worker("CartPole-v1")
     for actor in (one, two):
         actor.collect(weights, 9, 0, True)
-    one.evaluate(weights, 10, seed=0, greedy=True)
+    one.evaluate(weights, 10, seed=0, greedy=True, slice_s=60)
     assert equal(one.collect(weights, 9, 1, False), two.collect(weights, 9, 1, False))
 
 
@@ -154,7 +179,7 @@ def test_an_environment_that_misbehaves_is_named(name: str, message: str) -> Non
     with pytest.raises(UserError, match=message):
         actor.collect(snapshot, 5, 0, True)
     with pytest.raises(UserError, match=message):
-        actor.evaluate(snapshot, 1, 0, greedy=True)
+        actor.evaluate(snapshot, 1, 0, greedy=True, slice_s=60)
 
 
 def test_the_limit_is_on_a_step_and_not_on_the_fragment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,19 +226,19 @@ def test_state_dependent_noise_is_drawn_in_each_call_and_held_within_it() -> Non
         assert (np.abs(noise[4] - noise[0]) > 1e-3).all()
         drawn.append(noise[0])
     assert (drawn[0] != drawn[1]).all()
-    returns, _ = actor.evaluate(snapshot, 5, seed=0, greedy=False)
-    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, 5, seed=0, greedy=False)[0])
+    returns, _ = actor.evaluate(snapshot, 5, seed=0, greedy=False, slice_s=60)
+    np.testing.assert_array_equal(returns, actor.evaluate(snapshot, 5, seed=0, greedy=False, slice_s=60)[0])
 
 
-def test_observations_are_normalised_by_the_snapshot_and_counted_raw() -> None:
+def test_the_policy_sees_observations_normalised_by_the_snapshot_and_the_fragment_holds_them_raw() -> None:
     (actor, snapshot), (plain, _) = worker(), worker()
     normalizer = Normalizer(np.array([2.0, 1.0], np.float32), np.array([3.0, 0.5], np.float32))
     fragment = actor.collect(replace(snapshot, normalizer=normalizer), 20, 0, True)
-    steps = fragment.observations[:, 0, 0] * 3 + 2
-    np.testing.assert_allclose(steps, ([0, 1, 2, 3, 4, 5] * 4)[:21], atol=1e-5)
+    steps = fragment.observations[:, 0, 0]
+    np.testing.assert_array_equal(steps, ([0, 1, 2, 3, 4, 5] * 4)[:21])
     policy = actor.config.policy(snapshot.weights)
-    log_probs = policy.log_probs(policy(fragment.observations[:-1]), fragment.actions)
-    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)  # the policy saw what the fragment holds
+    log_probs = policy.log_probs(policy(normalizer(fragment.observations[:-1])), fragment.actions)
+    np.testing.assert_allclose(fragment.log_probs, log_probs, atol=1e-5)
     assert fragment.observation_moments.count == fragment.valid.sum()
     assert fragment.observation_moments.mean[0] == pytest.approx(steps[:-1][fragment.valid[:, 0]].mean())
     assert plain.collect(snapshot, 20, 0, True).observation_moments.count == 0
@@ -233,37 +258,3 @@ def test_discounted_returns_are_counted_over_each_episode() -> None:
         assert moments.count == len(counted)
         assert moments.mean == pytest.approx(np.mean(counted))
         assert moments.m2 == pytest.approx(np.var(counted) * len(counted), rel=1e-4)
-
-
-class DyingGroup:
-    """Worker 1 dies at its first `deaths` calls."""
-
-    def __init__(self, deaths: int) -> None:
-        self.deaths = deaths
-        self.calls: list[int] = []
-
-    def __len__(self) -> int:
-        return 3
-
-    def call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> "Future[Any]":
-        self.calls.append(index)
-        future: Future[Any] = Future()
-        if index == 1 and self.calls.count(1) <= self.deaths:
-            future.set_exception(ConnectionError("rollout-1 died"))
-        else:
-            future.set_result((method, index, *args))
-        return future
-
-
-def test_a_lost_call_is_made_again_and_results_keep_their_order() -> None:
-    group: Any = DyingGroup(deaths=2)
-    results = call_each(group, "collect", [("a",), ("b",), ("c",)], timeout_s=1)
-    assert results == [("collect", 0, "a"), ("collect", 1, "b"), ("collect", 2, "c")]
-    assert group.calls == [0, 1, 2, 1, 1]
-
-
-def test_a_worker_that_dies_every_time_is_given_up() -> None:
-    group: Any = DyingGroup(deaths=100)
-    with pytest.raises(ConnectionError, match="rollout-1 died"):
-        call_each(group, "collect", [()] * 3, timeout_s=1)
-    assert group.calls.count(1) == ATTEMPTS

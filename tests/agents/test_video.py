@@ -32,7 +32,9 @@ class Drawn(Counting):
 
 def test_a_film_shows_every_step_of_one_episode() -> None:
     actor, snapshot = worker(DRAWN)
-    film = Image.open(io.BytesIO(film_episode(actor.config, snapshot, seed=0)))
+    *waits, file = film_episode(actor.config, snapshot, seed=0, slice_s=1e-9)
+    assert waits == [None] * 4  # a slice is at least a step, and the episode has five
+    film = Image.open(io.BytesIO(file or b""))
     assert (film.n_frames, film.size, film.info["duration"]) == (6, (30, 20), 100)  # type: ignore[attr-defined]
     film.seek(5)
     assert abs(film.convert("RGB").getpixel((3, 3))[0] - 200) < 5  # type: ignore[index]
@@ -54,7 +56,7 @@ def test_fast_and_large_films_are_thinned() -> None:
 def test_what_cannot_be_filmed(env_id: str, message: str) -> None:
     actor, snapshot = worker()
     with pytest.raises(UserError, match=message):
-        film_episode(replace(actor.config, env=env_id), snapshot, seed=0)
+        next(film_episode(replace(actor.config, env=env_id), snapshot, seed=0, slice_s=60))
 
 
 def test_evaluate_films(tmp_path: Path) -> None:

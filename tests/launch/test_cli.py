@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from launch import cli, jobs
 from launch.checkpoint import CheckpointStore
 from launch.run_directory import RunDirectory
+from models.errors import UserError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -114,6 +116,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(Path().rglob("config.yaml"))
 
 
+def test_a_refused_run_leaves_latest_as_it_was(command: Command) -> None:
+    refused = (*TRAIN, "refused", "--fail-at", "1")
+    assert command(*refused)[0] == 2
+    assert not list(Path("runs").iterdir())
+    command(*TRAIN, "r", "--steps", "1")
+    assert command(*refused)[0] == 2
+    assert Path("runs/latest").readlink() == Path("r")
+    assert not Path("runs/refused").exists()
+
+
 def test_bad_recipes_are_named(command: Command) -> None:
     Path("r.yaml").write_text("job: demo\noptimizer: {lrr: 1}\n")
     code, _, err = command("train", "demo", "--recipe", "r.yaml")
@@ -128,6 +140,22 @@ def test_a_run_directory_that_exists_is_refused(command: Command) -> None:
     assert code == 2
     assert err.startswith("longstride: runs/r exists already")
     assert Path("runs/r/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("rest", [("train", "demo", "--seeds", "2"), ("sweep", "demo", "--space", "space.yaml")])
+def test_seeds_and_sweeps_keep_out_of_runs_and_of_other_folders(command: Command, rest: tuple[str, ...]) -> None:
+    Path("space.yaml").write_text("optimizer.lr: {low: 0.1, high: 0.2}\n")
+    command(*TRAIN, "r", "--steps", "1")
+    before = history("..")
+    for name, message in (
+        ("r", "runs/r exists already and holds a run: continue it with `longstride resume runs/r`"),
+        ("latest", "--name 'latest' cannot name a run"),
+        ("../outside", "--name '../outside' cannot name a run"),
+    ):
+        code, _, err = command(*rest, "--backend", "local", "--steps", "1", "--name", name)
+        assert code == 2
+        assert err.startswith(f"longstride: {message}")
+        assert history("..") == before
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(command: Command) -> None:
@@ -191,21 +219,28 @@ def test_a_bug_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyP
     RunDirectory(Path("runs/r")).lock()  # let go of
 
 
-def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command) -> None:
+def test_evaluation_of_a_run_and_of_a_checkpoint(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     command(*TRAIN, "r", "--steps", "6", "--keep-checkpoints", "6")
-    trained = summary("r")
-    metrics = Path("runs/r/metrics.jsonl").read_text()
+    before = history("r")
     code, out, _ = command("evaluate", "latest")
     assert code == 0
     assert "heldout/weight" in out
-    assert summary("r")["metrics"]["heldout/step"] == 6
+    assert out.rstrip().endswith("runs/r/evaluations.jsonl")
     code, _, _ = command("evaluate", "runs/r/checkpoints/step-00000002", "--workers", "1")
     assert code == 0
-    evaluated = summary("r")
-    assert evaluated["metrics"].pop("heldout/step") == 2
-    del evaluated["metrics"]["heldout/weight"]
-    assert evaluated == trained, "an evaluation adds its metrics and changes nothing else"
-    assert Path("runs/r/metrics.jsonl").read_text() == metrics
+    lines = [json.loads(line) for line in Path("runs/r/evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["heldout/step"], line["flags"]) for line in lines] == [
+        (6, 6, []),
+        (2, 2, ["--workers", "1"]),
+    ]
+    assert lines[0]["time"] < lines[1]["time"]
+    Path("runs/r/evaluations.jsonl").unlink()
+    with monkeypatch.context() as patched:
+        for folder, target in (("runs/r", "checkpoints/step-00000002"), ("checkpoints", "step-00000002")):
+            patched.chdir(folder)
+            assert command("evaluate", target)[0] == 0
+    Path("runs/r/evaluations.jsonl").unlink()
+    assert history("r") == before, "nothing else was written"
 
     Path("runs/r/checkpoints/step-00000002/state.json").unlink()
     code, _, err = command("evaluate", "runs/r/checkpoints/step-00000002")
@@ -221,13 +256,18 @@ def test_the_table_of_runs(command: Command) -> None:
     command(*TRAIN, "bad", "--steps", "3", "--fail-at", "2")
     killed = RunDirectory.create(Path("runs"), "killed", {"job": "demo"})
     killed.write_summary({"job": "demo", "status": "running", "steps": 7, "metrics": {}})
+    one_of_many = RunDirectory.create(Path("runs/many"), "seed-3", {"job": "demo"})
+    heldout = {"train/x": 1.0, "heldout/pass@1/base": 0.1, "heldout/pass@1/rl": 0.5, "heldout/pass@1/rl/sums": 0.9}
+    one_of_many.write_summary({"status": "interrupted", "steps": 2, "metrics": heldout})
+    one_of_many.point_latest()
     code, out, _ = command("runs")
     assert code == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in out.splitlines() if "demo" in line]
+    rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in out.splitlines() if "demo" in line]
     assert rows == [
-        ["good", "demo", "finished", "3"],
-        ["bad", "demo", "failed", "1"],
-        ["killed", "demo", "killed", "7"],
+        ["good", "demo", "finished", "3", f"eval/weight {summary('good')['metrics']['eval/weight']:.4g}"],
+        ["bad", "demo", "failed", "1", f"train/loss {summary('bad')['metrics']['train/loss']:.4g}"],
+        ["killed", "demo", "killed", "7", ""],
+        ["many/seed-3", "demo", "interrupted", "2", "heldout/pass@1/rl 0.5"],
     ]
 
 
@@ -274,3 +314,48 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(command: Command) -> None:
     assert re.findall(r"^step (\d)/4", out, re.MULTILINE) == ["3", "4"]
     steps = [json.loads(line)["step"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def history(name: str) -> dict[str, bytes]:
+    """Every file of the run but its lock."""
+    return {str(path): path.read_bytes() for path in Path("runs", name).rglob("[!.]*") if path.is_file()}
+
+
+@pytest.mark.parametrize("loss", ["damaged", "deleted", "folder deleted", "summary deleted too"])
+def test_a_run_that_lost_its_checkpoints_is_not_started_over(command: Command, loss: str) -> None:
+    command(*TRAIN, "r", "--steps", "4", "--fail-at", "4")
+    for checkpoint in Path("runs/r/checkpoints").glob("step-*"):
+        if loss == "damaged":
+            (checkpoint / "tensors.safetensors").write_bytes(b"")
+        else:
+            shutil.rmtree(checkpoint)
+    if loss == "folder deleted":
+        Path("runs/r/checkpoints").rmdir()
+    if loss == "summary deleted too":
+        Path("runs/r/summary.json").unlink()
+    before = history("r")
+    code, _, err = command("resume", "r")
+    assert code == 2
+    assert re.search("has no checkpoint( that is whole)?: put back", err)
+    assert "nothing was changed" in err
+    assert err.count("\n") == 1
+    assert history("r") == before
+    RunDirectory(Path("runs/r")).lock()  # let go of
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("not now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointStore, "save", refuse)
+        assert command(*TRAIN, "r", "--steps", "2")[0] == 2
+    assert summary("r")["checkpoint"] is None
+    code, out, _ = command("resume", "r")
+    assert code == 0
+    assert "was stopped before its first checkpoint: it starts over, its metrics so far are dropped" in out
+    steps = [json.loads(line)["step"] for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    assert summary("r")["checkpoint"] == 2

@@ -15,7 +15,7 @@ import pytest
 
 from launch.ray_backend import RayBackend
 from launch.ray_group import RayGroup
-from launch.run import ActorDied
+from launch.run import ActorDied, CallTimedOut
 from tests.launch.actors import Counter, OnceOnly, Picky
 from tests.launch.processes import is_gone
 
@@ -153,8 +153,13 @@ def test_a_call_past_its_limit_ends_the_actor_but_waiting_in_line_does_not_count
     patient = [group.call(0, "sleep", 0.5, timeout_s=2.5) for _ in range(6)]
     assert results(patient) == [0.5] * 6
     hanging = group.call(0, "sleep", 600, timeout_s=0.5)
-    with pytest.raises(ActorDied, match=r"sleep ran past its limit of 0\.5 s"):
+    behind = group.call(0, "sleep", 0.1, timeout_s=600)
+    with pytest.raises(CallTimedOut, match=r"sleep ran past its limit of 0\.5 s") as caught:
         hanging.result(LIMIT)
+    assert isinstance(caught.value, TimeoutError)
+    with pytest.raises(ActorDied) as lost:
+        behind.result(LIMIT)
+    assert not isinstance(lost.value, TimeoutError), "its own time had not begun"
     assert is_gone(old)
     assert pid(group, 0) != old.pid
     assert group.restarts == 1

@@ -159,14 +159,14 @@ def test_an_interrupted_run_says_so_and_resumes(tmp_path: Path, number: signal.S
         process.send_signal(number)  # the shell of a terminal that closes sends its own
     code, out, err = finish(process)
     assert (code, err) == (130, "")
-    assert "longstride resume r" in out
+    assert f"continue it with: longstride resume {directory.root}\n" in out
     summary = directory.read_summary()
     assert summary["status"] == "interrupted"
     assert summary["steps"] >= 3
 
     config = directory.read_config()
     directory.config.write_text(yaml.safe_dump({**config, "steps": summary["steps"] + 2}))
-    code, out, err = finish(spawn("resume", "r", *where))
+    code, out, err = finish(spawn("resume", str(directory.root)))
     assert (code, err) == (0, "")
     assert directory.read_summary()["wall_s"] > summary["wall_s"]
     assert [line["step"] for line in history(directory)] == list(range(1, summary["steps"] + 3))

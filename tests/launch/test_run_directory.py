@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.disk import refusals_explained, write_atomically
-from launch.run_directory import RunDirectory
+from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_a_fresh_run_has_every_folder(tmp_path: Path) -> None:
 
 def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
-    with pytest.raises(UserError, match=r"exists already.*resume r"):
+    with pytest.raises(UserError, match="exists already: choose another --name"):
         RunDirectory.create(tmp_path, "r", {})
     assert list((tmp_path / "r").iterdir()) == []
 
@@ -31,6 +31,20 @@ def test_names_that_are_no_folder_names_are_refused(tmp_path: Path, name: str) -
         RunDirectory.create(tmp_path, name, {})
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("config.yaml", "a run: continue it with `longstride resume {}/r`"), ("recipe.yaml", "the runs of several seeds"),
+     ("sweep.yaml", "the trials of a sweep")],
+)  # fmt: skip
+def test_a_folder_holds_one_kind_of_thing(tmp_path: Path, file: str, words: str) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / file).touch()
+    for mark in {"", "recipe.yaml", "sweep.yaml"} - {file}:
+        with pytest.raises(UserError, match=f"r exists already and holds {words.format(tmp_path)}.* another --name"):
+            folder_to_fill(tmp_path, "r", mark)
+    assert folder_to_fill(tmp_path, "r", file) == tmp_path / "r"
+
+
 def test_a_run_is_found_by_name_by_path_and_as_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (RunDirectory.create(tmp_path, name, {"job": "demo"}) for name in ("one", "two"))
     one.point_latest()
@@ -39,6 +53,15 @@ def test_a_run_is_found_by_name_by_path_and_as_the_latest(tmp_path: Path, monkey
     assert RunDirectory.open(tmp_path, "latest").root == two.root
     assert RunDirectory.open(Path("nowhere"), str(one.root)).root == one.root
     assert [directory.name for directory in RunDirectory.all(tmp_path)] == ["one", "two"]
+    assert RunDirectory.create(tmp_path / "many", "seed-0", {"job": "demo"}).root == tmp_path / "many" / "seed-0"
+    RunDirectory(tmp_path / "many" / "seed-0").point_latest()
+    RunDirectory.create(tmp_path / "tried" / "trials", "0a1b", {"job": "demo"})
+    found = [str(directory.root.relative_to(tmp_path)) for directory in RunDirectory.all(tmp_path)]
+    assert found == ["one", "two", "many/seed-0", "tried/trials/0a1b"]
+    assert all(RunDirectory.open(tmp_path, name).root == tmp_path / name for name in found)
+    (tmp_path / "many" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"many holds the runs of several seeds: .* `longstride runs` names each"):
+        RunDirectory.open(tmp_path, "many")
     with pytest.raises(UserError, match="did you mean one"):
         RunDirectory.open(tmp_path, "oen")
 

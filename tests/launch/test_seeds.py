@@ -65,6 +65,12 @@ def test_a_seed_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "many" / "aggregate.json").exists()
 
 
+def test_seeds_that_are_all_refused_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command(tmp_path), "--env", "Nope-v0"]) == 2
+    assert "seed 1: failed with exit code 2: longstride: " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_seed_that_is_killed_is_no_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

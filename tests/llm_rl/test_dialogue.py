@@ -1,6 +1,7 @@
 """Prompts and completions in a policy's own dialogue format: what ends a turn, and thinking that the prompt opens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from llm_rl.config import ReasonConfig
 from llm_rl.generator import Completion, SamplingConfig
 from llm_rl.session import Session
 from llm_rl.tokenizer import CHAT_TEMPLATE, Dialogue, train_tokenizer
+from tests.models.language.policies import DENSE
 
 THINKING = CHAT_TEMPLATE.replace("prompt %}<|assistant|>", "prompt %}<|assistant|><think>\n")
 QUESTION = Problem("p", "What is 2 + 2?", "4", "exact")
@@ -24,7 +26,8 @@ def dialogue(
     tokenizer = train_tokenizer(["What is 2 + 2? 4"], 300)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    return Dialogue(folder, system_prompt, tuple(tokenizer.convert_tokens_to_ids(list(stops))))
+    ends = tuple(tokenizer.convert_tokens_to_ids(list(stops)))
+    return Dialogue(folder, replace(DENSE, vocab_size=300, eos_token_id=ends), system_prompt)
 
 
 def verdict(of: Dialogue, said: str, problem: Problem = QUESTION) -> Verdict:

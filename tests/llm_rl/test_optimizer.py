@@ -1,5 +1,7 @@
 """MasterAdamW: torch's AdamW in float32, and no lost updates in bfloat16."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,16 +9,17 @@ from torch import nn
 from llm_rl.optimizer import MasterAdamW, cosine
 
 
-def named(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def named(dtype: torch.dtype, device: str = "cpu") -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
-    return {"matrix": nn.Parameter(torch.randn(4, 3).to(dtype)), "bias": nn.Parameter(torch.randn(3).to(dtype))}
+    values = {"matrix": torch.randn(4, 3), "bias": torch.randn(3)}
+    return {name: nn.Parameter(value.to(device, dtype)) for name, value in values.items()}
 
 
 def run_steps(parameters: dict[str, nn.Parameter], optimizer: MasterAdamW, steps: int, lr: float) -> None:
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for p in parameters.values():
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
         optimizer.gather()
         optimizer.step(lr)
 
@@ -68,17 +71,29 @@ def test_gradients_of_microbatches_add_up_in_the_master() -> None:
     assert parameter.grad is None
 
 
+def on_host(tree: Any) -> Any:
+    """A copy of an optimizer's state, as a checkpoint has it."""
+    if isinstance(tree, dict):
+        return {key: on_host(value) for key, value in tree.items()}
+    return tree.cpu().clone()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_restored_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
-    straight = named(dtype)
+def test_restored_state_continues_bit_for_bit(dtype: torch.dtype, device: str) -> None:
+    straight = named(dtype, device)
     run_steps(straight, straight_optimizer := MasterAdamW(straight, (0.9, 0.95), 0.1), 3, 1e-2)
-    state = {
-        kind: {
-            name: {k: v.clone() for k, v in value.items()} if isinstance(value, dict) else value.clone()
-            for name, value in part.items()
-        }
-        for kind, part in straight_optimizer.state_dict().items()
-    }
+    state = on_host(straight_optimizer.state_dict())
+    before = on_host(state)
     run_steps(straight, straight_optimizer, 3, 1e-2)
     resumed = {name: nn.Parameter(torch.zeros_like(p)) for name, p in straight.items()}
     optimizer = MasterAdamW(resumed, (0.9, 0.95), 0.1)
@@ -86,6 +101,18 @@ def test_restored_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
     run_steps(resumed, optimizer, 3, 1e-2)
     for name in straight:
         assert torch.equal(resumed[name], straight[name])
+        for key, value in before["moments"][name].items():
+            assert torch.equal(state["moments"][name][key], value)  # the steps left what was loaded as it was
+
+
+def test_everything_restored_lies_where_the_parameter_does() -> None:
+    parameters = named(torch.float32)
+    run_steps(parameters, saved := MasterAdamW(parameters, (0.9, 0.95), 0.1), 1, 1e-2)
+    elsewhere = {name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in parameters.items()}
+    optimizer = MasterAdamW(elsewhere, (0.9, 0.95), 0.1)
+    optimizer.load_state_dict(saved.state_dict())
+    for moments in optimizer.adam.state.values():
+        assert {value.device.type for value in moments.values()} == {"meta"}
 
 
 def test_cosine_warms_up_and_decays() -> None:

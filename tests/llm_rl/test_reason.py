@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ SMALL = shlex.split("""
 
 def train(runs_dir: Path, name: str, *flags: str) -> int:
     return main(["train", "reason", *SMALL, "--runs-dir", str(runs_dir), "--name", name, *flags])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _signal() -> Iterator[None]:
+    """Policies this small are never right, and a group whose rewards are equal moves nothing."""
+    plain = reason.advantages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reason, "advantages", lambda rewards, name: plain([i % 2 for i in range(len(rewards))], name))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +84,12 @@ def break_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
     original = session.Session.learn
     calls = 0
 
-    def learn(self: session.Session, name: str, *args: object) -> object:
+    def learn(self: session.Session, name: str, *args: object, **settings: bool) -> object:
         nonlocal calls
         calls += name == method
         if name == method and calls == call:
             raise Unplugged
-        return original(self, name, *args)
+        return original(self, name, *args, **settings)
 
     monkeypatch.setattr(session.Session, "learn", learn)
 
@@ -172,6 +182,7 @@ def test_router_replay_with_a_deepseek_router(tmp_path: Path) -> None:
         ("--rl.lora.serve adapter --sft.steps 0", "there is no adapter; set --rl.lora.rank"),
         ("--rl.lora.serve adapter --rl.lora.rank 4", "fine-tune with `train sft` first"),
         ("--rl.lora.rank 4 --rl.lora.b-lr-ratio 0", "must be positive"),
+        ("--rl.lora.rank 20 --rl.lora.init pissa", "k_proj of shape (16, 32) has 16: use a rank of at most 16"),
         ("--rl.lora.rank 4 --rl.lora.targets query_proj", "unknown lora target `query_proj`: did you mean `q_proj`"),
     ],
 )
@@ -281,6 +292,11 @@ BAD = {
     "no evaluation": (["--eval.samples", "0"], "--eval.samples 0: it must be at least 1"),
     "no time": (["--rollout.timeout-s", "0"], "--rollout.timeout-s 0.0: it must be positive"),
     "too many minibatches": (["--rl.minibatches", "9"], "--rl.minibatches"),
+    "beta": (["--learner.beta2", "1.5"], "--learner.beta2 1.5: it must be at least 0 and below 1"),
+    "decay": (["--learner.weight-decay", "-1"], "--learner.weight-decay -1.0: it must be at least 0"),
+    "iterations": (["--rl.iterations", "-1"], "--rl.iterations -1: it must be at least 0"),
+    "steps": (["--sft.steps", "-3"], "--sft.steps -3: it must be at least 0"),
+    "every": (["--eval.every", "-1"], "--eval.every -1: it must be at least 0"),
 }
 
 
@@ -301,6 +317,58 @@ def test_fine_tuning_names_its_own_limit_of_tokens(tmp_path: Path, capsys: pytes
     flags += ["--policy.max-position-embeddings", "20", "--engine", "torch", "--runs-dir", str(tmp_path)]
     assert main(["train", "sft", *flags, "--sft.count", "20"]) == 2
     assert "or lower --max-tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["reason", "sft"])
+def test_a_dry_run_refuses_what_a_run_refuses(
+    job: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = SMALL if job == "reason" else [*SMALL[: SMALL.index("--rl.iterations")], "--max-tokens", "12"]
+    common = ["train", job, *own, "--dry-run", "--name", "dry"]
+    cases = [
+        (["--model", "/nope"], "/nope"),
+        (["--problems", "gym:nope"], "gym"),
+        (["--eval.every", "-1"], "--eval.every"),
+        (["--policy.max-position-embeddings", "10"], "context of 10"),
+        (["--sft.lora.rank", "20", "--sft.lora.init", "pissa"], "use a rank of at most 16"),
+    ]
+    for flags, expected in cases:
+        assert main([*common, *flags]) == 2
+        out, err = capsys.readouterr()
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1
+        assert not out
+    assert main(common) == 0
+    assert main([*common, "--model", str(finished / "policy" / "final")]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def copy_of(finished: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in (finished / "policy" / "final").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_tokenizer_of_another_model_and_a_template_without_system_prompts(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(finished, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(folder)
+    assert train(tmp_path, "system", "--model", str(folder), "--system-prompt", "Think.") == 2
+    assert "System role not supported): leave --system-prompt out" in capsys.readouterr().err
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(99)])
+    tokenizer.save_pretrained(folder)
+    assert train(tmp_path, "vocabulary", "--model", str(folder)) == 2
+    assert "the tokenizer has a token '<extra 98>'" in capsys.readouterr().err
+    assert not (tmp_path / "system").exists()
+    assert not (tmp_path / "vocabulary").exists()
 
 
 def test_a_truncated_model_folder_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

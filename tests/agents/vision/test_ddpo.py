@@ -1,6 +1,8 @@
 """The ddpo job on a tiny model: it learns what pays, resumes bit for bit, and outlives bad rewards."""
 
+import itertools
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
-from agents.vision.ddpo import DDPOConfig, evaluate, load_prompts, sample, start_scorer, train
+from agents.vision.ddpo import DDPOConfig, evaluate, load_prompts, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
+from agents.vision.ddpo_sampler import sample
 from envs.vision import shipped_weights
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
+from launch.local_group import LocalGroup
+from launch.run import ActorDied
 from launch.run_directory import RunDirectory
 from launch.runtime import EvaluationRuntime, Runtime
 from models.diffusion.folder import load_folder, save_folder
@@ -138,9 +143,11 @@ def test_adapters_are_left_behind(tiny: DDPOConfig, tmp_path: Path) -> None:
         "ddpo", RunConfig(backend="local"), directory, CheckpointStore(directory.checkpoints, 9).newest()
     )
     evaluate(tiny, run)
+    run.finish("finished")
     run.close()
+    evaluated = json.loads(directory.evaluations.read_text())
+    assert evaluated["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
     metrics = json.loads(directory.summary.read_text())["metrics"]
-    assert metrics["eval/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[-1])
     assert metrics["eval/before/reward_mean"] == pytest.approx(logged(directory, "eval/reward_mean")[0])
 
 
@@ -166,7 +173,82 @@ def test_resume_repeats_the_uninterrupted_run(tiny: DDPOConfig, tmp_path: Path) 
     whole = start(tmp_path, replace(tiny, iterations=4), "whole")
     start(tmp_path, replace(tiny, iterations=2), "cut")
     cut = start(tmp_path, replace(tiny, iterations=4), "cut", resume=True)
-    ours, theirs = (load_file(directory.root / "model" / "final" / WEIGHTS) for directory in (cut, whole))
+    assert_same(final_adapters(cut), final_adapters(whole))
+
+
+def test_samplers_draw_what_the_learner_would(tiny: DDPOConfig, tmp_path: Path) -> None:
+    """With a checkpoint after each iteration nothing is drawn ahead, and nothing differs."""
+    config = replace(tiny, eval_every=1)
+    alone = final_adapters(start(tmp_path, config, "alone"))
+    assert_same(final_adapters(start(tmp_path, replace(config, sampler_workers=2), "actors")), alone)
+
+
+def test_samplers_draw_with_the_weights_of_the_iteration_before(tiny: DDPOConfig, tmp_path: Path) -> None:
+    """So the first update of an iteration is off-policy, but for the iterations after a start or a checkpoint."""
+    config = replace(tiny, updates=1, iterations=5, eval_every=3, sampler_workers=1)
+    moved = [change > 1e-10 for change in logged(start(tmp_path, config), "train/approx_kl")]
+    assert moved == [False, True, True, False, True]
+
+
+def test_a_resumed_run_with_samplers_repeats_the_uninterrupted_one(tiny: DDPOConfig, tmp_path: Path) -> None:
+    config = replace(tiny, iterations=5, sampler_workers=2)
+    whole = start(tmp_path, config, "whole")
+    start(tmp_path, replace(config, iterations=2), "cut")
+    cut = start(tmp_path, config, "cut", resume=True)
+    assert_same(final_adapters(cut), final_adapters(whole))
+
+
+def test_a_batch_whose_sampler_dies_is_drawn_again(tiny: DDPOConfig, tmp_path: Path) -> None:
+    config = replace(tiny, iterations=2, eval_every=9, sampler_workers=2)
+    deaths = iter([True, False, True, True, False])
+    call = LocalGroup.call
+
+    def dying(group: LocalGroup, index: int, method: str, *args: Any, **options: Any) -> Any:
+        if method == "sample" and next(deaths, False):
+            lost: Future[None] = Future()
+            lost.set_exception(ActorDied("sampler-0 died"))
+            return lost
+        return call(group, index, method, *args, **options)
+
+    whole = final_adapters(start(tmp_path, config, "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalGroup, "call", dying)
+        assert_same(final_adapters(start(tmp_path, config, "survivor")), whole)
+    assert next(deaths, None) is None  # all of them came to pass
+
+
+def test_a_run_whose_samplers_always_die_keeps_what_it_learned(
+    tiny: DDPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = LocalGroup.call, itertools.count()
+
+    def dying(group: LocalGroup, index: int, method: str, *args: Any, **options: Any) -> Any:
+        if method == "sample" and next(calls) >= 4:  # the batches of two iterations
+            lost: Future[None] = Future()
+            lost.set_exception(ActorDied("sampler-0 died"))
+            return lost
+        return call(group, index, method, *args, **options)
+
+    monkeypatch.setattr(LocalGroup, "call", dying)
+    with pytest.raises(ActorDied):
+        start(tmp_path, replace(tiny, eval_every=9, sampler_workers=1))
+    assert CheckpointStore(RunDirectory(tmp_path / "run").checkpoints, 9).newest().step == 2
+
+
+@pytest.mark.ray
+def test_samplers_in_processes_of_their_own(tiny: DDPOConfig, tmp_path: Path) -> None:
+    config = replace(tiny, sampler_workers=1, iterations=2, eval_every=9)
+    ours = final_adapters(start(tmp_path, config, "ray", backend="ray"))
+    here = final_adapters(start(tmp_path, config, "local"))
+    for name, tensor in here.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def final_adapters(directory: RunDirectory) -> dict[str, torch.Tensor]:
+    return load_file(directory.root / "model" / "final" / WEIGHTS)
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -207,6 +289,9 @@ def test_a_reward_that_hangs(tiny: DDPOConfig, tmp_path: Path) -> None:
         ({"samples": 6}, "multiple of --batch-size 2 times --updates 2"),
         ({"images_per_prompt": 3}, "multiple of --images-per-prompt 3"),
         ({"lr": 0.0}, "--lr is 0.0"),
+        ({"estimator": "sf", "updates": 1, "sampler_workers": 1}, "they draw with older weights"),
+        ({"sampler_workers": 3}, "--samples 4 are 2 batches of --batch-size 2"),
+        ({"sampler_workers": -1}, "--sampler-workers is -1: must not be negative"),
     ],
 )
 def test_settings_that_cannot_be(tiny: DDPOConfig, changes: dict, named: str) -> None:

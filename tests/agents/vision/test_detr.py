@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DetrForSegmentation
 
 from agents.vision import detr
@@ -17,14 +19,16 @@ from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConf
 from agents.vision.prefetch import ATTEMPTS, in_order
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes
-from envs.vision.example import Batch, collate
-from envs.vision.scenes import SceneConfig
-from envs.vision.sources import DataConfig, SceneSource
+from envs.vision.example import Batch, HeldoutBatch, TrueSegments, collate
+from envs.vision.scene_spec import KINDS
+from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.sources import BatchLoader, DataConfig, SceneSource, make_source
 from envs.vision.transforms import ResizeConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
 from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
+from models.detr.checkpoint import load_detr
 from models.detr.detr import Detr, DetrOutput
 from models.detr.loss import SetLossConfig
 from models.detr.targets import Targets
@@ -132,9 +136,97 @@ def test_a_folder_of_coco_and_a_trained_model_serve_too(tmp_path: Path) -> None:
     figures = train(config, tmp_path, "first")
     assert {"eval/AP", "eval/PQ"} <= figures.keys()
     start = tmp_path / "first" / "model" / "final"
-    train(replace(config, model=start, steps=1), tmp_path, "second")
-    with pytest.raises(UserError, match="knows 21 labels, the data has 16"):
-        train(replace(config, model=start, data=replace(data, coco=replace(coco, panoptic=False))), tmp_path, "third")
+    config = replace(config, network=NetworkConfig())  # masks are what the model has
+    assert {"eval/AP", "eval/PQ"} <= train(replace(config, model=start, steps=1), tmp_path, "second").keys()
+    # Things alone: the classes of the backgrounds are left out of the detector.
+    things = replace(data, coco=replace(coco, panoptic=False))
+    train(replace(config, model=start, data=things, steps=1), tmp_path, "third")
+    assert load_detr(tmp_path / "third" / "model" / "final").config.labels == KINDS
+    with pytest.raises(UserError, match=r"knows no label 'plain background', which the data has \(5 such"):
+        train(replace(config, model=tmp_path / "third" / "model" / "final"), tmp_path, "fourth")
+
+
+def coco_folder(path: Path, masks: bool = False) -> DetrJobConfig:
+    """Five scenes to train on, four held out, as a folder; and the job on it."""
+    for split, count in (("train", 5), ("heldout", 4)):
+        write_scenes(path / "coco", SCENES, seed=0, count=count, split=split)  # type: ignore[arg-type]
+    coco = CocoConfig(path / "coco", "train", panoptic=masks)
+    data = replace(SHORT.data, coco=coco, heldout_split="heldout")
+    return replace(SHORT, data=data, eval_images=4, network=replace(NETWORK, masks=masks))
+
+
+def test_a_mask_head_is_added_to_a_trained_box_model(tmp_path: Path) -> None:
+    boxes = replace(SHORT, steps=2)
+    assert "eval/PQ" not in train(boxes, tmp_path, "boxes")
+    start = tmp_path / "boxes" / "model" / "final"
+    config = replace(boxes, model=start, network=NetworkConfig(masks=True))
+    assert "eval/PQ" in train(config, tmp_path, "masks")
+    assert load_detr(tmp_path / "masks" / "model" / "final").config.mask_head
+    names = SceneSource(SCENES, 0, "train").names
+    pupil, again = (
+        DetrLearner(start, names, config.network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu") for _ in range(2)
+    )
+    assert_equal(dict(pupil.net.state_dict()), dict(again.net.state_dict()))
+    kept = load_detr(start).state_dict()
+    assert_equal({name: pupil.net.state_dict()[name] for name in kept}, dict(kept))
+    with pytest.raises(UserError, match=r"--network\.d-model is of no use beside --model"):
+        replace(config, network=replace(config.network, d_model=64))
+
+
+def test_dilation_is_of_a_model() -> None:
+    with pytest.raises(UserError, match=r"--dilation is of the \.pth"):
+        replace(SHORT, dilation=True)
+
+
+def skipping(config: DetrJobConfig) -> DetrJobConfig:
+    return replace(config, data=replace(config.data, coco=replace(config.data.coco, on_bad="skip")))
+
+
+def test_heldout_images_that_cannot_be_read_are_left_out_of_batches_and_truth(tmp_path: Path) -> None:
+    config = skipping(coco_folder(tmp_path))
+    for number in (0, 1, 3):  # the first batch of two is none at all
+        (tmp_path / "coco" / "heldout" / f"{number:012d}.png").write_bytes(b"no picture")
+    loader = BatchLoader(config.data, 0, 2, masks=False)
+    found = [loader.heldout_batch(first, 2) for first in (0, 2)]
+    assert [(h.numbers, h.batch is None) for h in found] == [([], True), ([2], False)]
+    assert found[1].batch is not None
+    targets = found[1].batch.to_device("cpu").targets
+    logits = torch.nn.functional.one_hot(targets.labels_BT, 17).float() * 20
+    oracle = Oracle(DetrOutput(logits[None], targets.boxes_BT4[None]))
+    source = make_source(config.data, 0, heldout=True)
+    assert evaluate_detector(oracle, found, source, 4, "cpu")["eval/AP"] == pytest.approx(1)
+    assert "eval/AP" in train(config, tmp_path, "run")
+    with pytest.raises(UserError, match="none of 2 held-out images can be read"):
+        evaluate_detector(oracle, found[:1], source, 2, "cpu")
+
+
+@pytest.mark.parametrize(("split", "saved"), [("heldout", 3), ("train", 1)])
+def test_an_image_that_ends_the_run_ends_it_after_a_checkpoint(split: str, saved: int, tmp_path: Path) -> None:
+    config = replace(coco_folder(tmp_path), loaders=1)
+    # Of the training images, the first of the second batch.
+    number = 1 if split == "heldout" else BatchLoader(config.data, 0, 2, masks=False)._index(5, 2)
+    image = tmp_path / "coco" / split / f"{number:012d}.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"{image.name}: not an image"):
+        train(replace(config, eval_every=3), tmp_path, "cut")
+    assert final_state(tmp_path, "cut")["step"] == saved
+    image.write_bytes(whole)
+    train(replace(config, eval_every=3), tmp_path, "cut", resume=True)
+    train(replace(config, eval_every=3), tmp_path, "whole")
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+
+
+def test_images_without_things_have_no_ap(tmp_path: Path) -> None:
+    empty = replace(SHORT, data=DataConfig(replace(SCENES, min_objects=0, max_objects=0)), steps=2)
+    figures = train(empty, tmp_path, "scenes")
+    assert "eval/quality" in figures
+    assert "eval/AP" not in figures
+    config = replace(coco_folder(tmp_path), steps=2)
+    file = tmp_path / "coco" / "annotations" / "instances_heldout.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    assert "eval/AP" not in train(config, tmp_path, "folder")
+    assert (tmp_path / "scenes" / "model" / "final").is_dir()
 
 
 def test_evaluate_scores_the_averaged_weights_of_the_checkpoint(tmp_path: Path) -> None:
@@ -156,6 +248,14 @@ def batches(source: SceneSource, first: int, count: int) -> Batch:
     return collate([source.example(i) for i in range(first, first + count)])
 
 
+def heldout(batch: Batch) -> list[HeldoutBatch]:
+    """As the first held-out batch, of scenes."""
+    assert batch.ids_BHW is not None
+    labels = [batch.labels_BT[i, valid].tolist() for i, valid in enumerate(batch.valid_BT)]
+    segments = [TrueSegments(ids, dict(enumerate(of, start=1))) for ids, of in zip(batch.ids_BHW, labels)]
+    return [HeldoutBatch(list(range(len(batch.sizes_B2))), batch, segments)]
+
+
 def learner(**settings: Any) -> DetrLearner:
     optimizer = OptimizerConfig(lr=2e-3, backbone_lr=2e-3, warmup=10, ema_decay=0.9, **settings)
     source = SceneSource(SCENES, 0, "train")
@@ -168,10 +268,10 @@ def test_it_learns_four_scenes_by_heart() -> None:
     source = SceneSource(SCENES, 0, "train")
     batch = batches(source, 0, 4)
     pupil = learner()
-    before = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    before = evaluate_detector(pupil.averaged, heldout(batch), source, 4, "cpu")
     for _ in range(150):
         pupil.update(batch, want_metrics=False)
-    after = evaluate_detector(pupil.averaged, [batch], source, 4, "cpu")
+    after = evaluate_detector(pupil.averaged, heldout(batch), source, 4, "cpu")
     assert before["eval/AP50"] < 0.1
     assert after["eval/AP50"] > 0.9
     assert after["eval/PQ"] > 0.2
@@ -214,12 +314,51 @@ def test_perfect_answers_score_one() -> None:
     assert targets.masks_BTHW is not None
     logits = torch.nn.functional.one_hot(targets.labels_BT.where(targets.valid_BT, 21), 22).float() * 20
     answer = DetrOutput(logits[None], targets.boxes_BT4[None], targets.masks_BTHW.float() * 40 - 20)
-    figures = evaluate_detector(Oracle(answer), [batch], source, 6, "cpu")
+    figures = evaluate_detector(Oracle(answer), heldout(batch), source, 6, "cpu")
     assert figures["eval/AP"] == figures["eval/AP50"] == pytest.approx(1)
     assert figures["eval/PQ"] == pytest.approx(1)
     shifted = targets.boxes_BT4 + torch.tensor([0.0, 0.0, 0.03, 0.03])
-    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), [batch], source, 6, "cpu")
+    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), heldout(batch), source, 6, "cpu")
     assert 0.1 < worse["eval/AP"] < 0.95
+
+
+def test_panoptic_quality_knows_crowds_and_the_images_own_size(tmp_path: Path) -> None:
+    """An object is made a crowd: to find a part of it is no mistake, unless as another class."""
+    write_scenes(tmp_path, replace(SCENES, size=96, min_objects=2), seed=0, count=1, split="heldout")
+    file = tmp_path / "annotations" / "panoptic_heldout.json"
+    content = json.loads(file.read_text())
+    crowd, *others = content["annotations"][0]["segments_info"][1:]
+    crowd["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    coco = CocoConfig(tmp_path, "heldout", panoptic=True)
+    data = DataConfig(coco=coco, heldout_split="heldout", resize=ResizeConfig((64,), 64))
+    [batch] = [BatchLoader(data, 0, 1, masks=True).heldout_batch(0, 1)]
+    [truth] = batch.segments
+    scene = make_scene(replace(SCENES, size=96, min_objects=2), 0, 0, "heldout")
+    assert truth.ids.shape == (96, 96)
+    assert truth.crowds == {len(truth.labels)}
+    assert np.array_equal(truth.ids == len(truth.labels), scene.ids == 1)
+    assert batch.batch is not None
+    assert batch.batch.ids_BHW is not None
+    assert batch.batch.ids_BHW.shape[1:] == (64, 64)
+    masks = torch.stack([torch.from_numpy(truth.ids == number) for number in truth.labels])
+    source = make_source(data, 0, heldout=True)
+
+    part = masks[-1].clone()
+    part[:, masks[-1].any(0).nonzero()[3] :] = False  # three columns of it
+    masks[-1] = part
+
+    def quality(label_of_crowd: int) -> float:
+        labels = torch.tensor([*list(truth.labels.values())[:-1], label_of_crowd])
+        logits = torch.nn.functional.one_hot(labels, 22).float() * 20
+        boxes = torch.full((1, 1, len(labels), 4), 0.5)
+        oracle = Oracle(DetrOutput(logits[None, None], boxes, masks[None].float() * 40 - 20))
+        return evaluate_detector(oracle, [batch], source, 1, "cpu")["eval/RQ"]
+
+    label = crowd["category_id"] - 1
+    another = next(n for n in range(16) if n != label and n + 1 not in [s["category_id"] for s in others])
+    assert quality(label) == pytest.approx(1)
+    assert quality(another) < 0.9
 
 
 class Dying:
@@ -251,6 +390,70 @@ def test_results_come_in_order_and_deaths_are_survived() -> None:
     assert list(results(0)) == list(results(ATTEMPTS - 1)) == [n * 10 for n in range(9)]
     with pytest.raises(ConnectionError):
         list(results(ATTEMPTS))
+
+
+def torchvision_resnet50(inner: int = 8) -> dict[str, torch.Tensor]:
+    """A state dict under the names of torchvision's resnet50, written from its definition, `inner` for its 64 channels.
+    torchvision's norms hold what they learned, here noise."""
+
+    def norm(name: str, channels: int) -> dict[str, torch.Tensor]:
+        parts = {f"{name}.{part}": torch.randn(channels) for part in ("weight", "bias", "running_mean")}
+        return parts | {
+            f"{name}.running_var": torch.rand(channels) + 0.5,
+            f"{name}.num_batches_tracked": torch.tensor(9),
+        }
+
+    state = {"conv1.weight": torch.randn(inner, 3, 7, 7), **norm("bn1", inner)}
+    inputs = inner
+    for stage, depth in enumerate((3, 4, 6, 3), start=1):
+        width = inner * 2 ** (stage - 1)
+        for block in range(depth):
+            at = f"layer{stage}.{block}"
+            shapes = (width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)
+            for i, shape in enumerate(shapes, start=1):
+                state |= {f"{at}.conv{i}.weight": 0.1 * torch.randn(shape), **norm(f"{at}.bn{i}", shape[0])}
+            if block == 0:
+                state[f"{at}.downsample.0.weight"] = 0.1 * torch.randn(4 * width, inputs, 1, 1)
+                state |= norm(f"{at}.downsample.1", 4 * width)
+            inputs = 4 * width
+    return {**state, "fc.weight": torch.randn(1000, inputs), "fc.bias": torch.randn(1000)}
+
+
+def test_a_backbone_of_torchvision_keeps_its_weights_and_norms(tmp_path: Path) -> None:
+    state = torchvision_resnet50()
+    assert len(state) == 320  # as torchvision's resnet50 has
+    torch.save(state, tmp_path / "resnet50.pth")
+    save_file(state, tmp_path / "resnet50.safetensors")
+    names = SceneSource(SCENES, 0, "train").names
+    plain = NetworkConfig(queries=6, d_model=32, encoder_layers=1, decoder_layers=1, ffn_dim=64)
+    for file in ("resnet50.pth", "resnet50.safetensors"):
+        network = replace(plain, backbone_weights=tmp_path / file)
+        pupil = DetrLearner(None, names, network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu")
+        held = {n: t for n, t in state.items() if not n.startswith("fc.") and not n.endswith("tracked")}
+        assert_equal(dict(pupil.net.backbone.state_dict()), held)
+    pupil.update(batches(SceneSource(SCENES, 0, "train"), 0, 2), want_metrics=False)
+    trained = pupil.net.backbone.state_dict()
+    assert not torch.equal(trained["layer4.2.conv1.weight"], state["layer4.2.conv1.weight"])
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(trained[f"bn1.{part}"], state[f"bn1.{part}"])
+
+
+def test_a_backbone_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        network = replace(NetworkConfig(backbone_weights=tmp_path / "resnet.pth"), **changes)
+        with pytest.raises(UserError, match=message):
+            DetrLearner(None, ("a",), network, SetLossConfig(), OptimizerConfig(), 2, 0, "cpu")
+
+    refused("no such file of backbone weights")
+    state = torchvision_resnet50()
+    torch.save(state, tmp_path / "resnet.pth")
+    refused(r"a bottleneck ResNet of depths \[3, 4, 6, 3\] and widths \[32, 64, 128, 256\]", depths=(2, 2, 2, 2))
+    torch.save({n: t for n, t in state.items() if n != "layer3.2.bn2.bias"}, tmp_path / "resnet.pth")
+    refused("tensor layer3.2.bn2.bias is missing")
+    torch.save(state | {"layer1.0.conv2.weight": torch.zeros(8, 2, 3, 3)}, tmp_path / "resnet.pth")  # a ResNeXt's
+    refused(r"layer1.0.conv2.weight has shape \[8, 2, 3, 3\]")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    refused("tensor conv1.weight is missing; is it a ResNet of torchvision")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,10 +13,16 @@ from torch.distributions import Categorical
 
 from agents.vision import detr_rl
 from agents.vision.detection_policy import answer_log_probs, leave_one_out, reinforce_loss, sample_answers
+from agents.vision.detection_score import evaluate_detector
 from agents.vision.detr_rl import DetectorTuner, DetrRLConfig
+from envs.vision.answer_reward import AnswerScorer
+from envs.vision.custom_reward import RewardFailed
+from envs.vision.example import HeldoutBatch
 from envs.vision.sources import DataConfig, SceneSource
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
+from launch.jobs import find
+from launch.local_group import LocalGroup
 from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
 from models.detr.checkpoint import save_detr
@@ -99,22 +106,27 @@ def config(detector: Path, **changes: Any) -> DetrRLConfig:
 
 
 def tuner(settings: DetrRLConfig) -> DetectorTuner:
+    return DetectorTuner(settings, SceneSource(SCENES, 0, "train").names, 0, "cpu")
+
+
+def scorer(reward: str = DetrRLConfig.reward) -> LocalGroup:
     source = SceneSource(SCENES, 0, "train")
-    return DetectorTuner(settings, source.names, source.stuff, 0, "cpu")
+    return LocalGroup(AnswerScorer, 1, (reward, [*source.stuff, len(source.names)]), {})
 
 
 def test_tuning_raises_the_reward(detector: Path) -> None:
     """On the four scenes themselves; the detector knows them half."""
     subject = tuner(config(detector, samples=16, lr=3e-4))
     batch = batches(SceneSource(SCENES, 0, "train"), 0, 4)
-    rewards = [subject.update(batch)["train/reward"] for _ in range(80)]
+    paying = scorer()
+    rewards = [subject.update(batch, paying)["train/reward"] for _ in range(80)]
     before, after = np.mean(rewards[:10]), np.mean(rewards[-10:])
     assert before < 0.75
     assert after > before + 0.1
 
 
-def runtime(path: Path, name: str, resume: bool = False) -> Runtime:
-    settings = RunConfig(name=name, runs_dir=path, backend="local", keep_checkpoints=10)
+def runtime(path: Path, name: str, resume: bool = False, backend: Literal["local", "ray"] = "local") -> Runtime:
+    settings = RunConfig(name=name, runs_dir=path, backend=backend, keep_checkpoints=10)
     if resume:
         directory = RunDirectory.open(path, name)
         return Runtime("detr-rl", settings, directory, CheckpointStore(directory.checkpoints, 10).newest())
@@ -156,20 +168,93 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(detector: Path, 
     assert (tmp_path / "cut" / "model" / "final" / "model.safetensors").is_file()
 
 
+def test_evaluate_scores_the_checkpoint_and_boxes_are_drawn(detector: Path, tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run")
+    detr_rl.train(config(detector), run)
+    run.close()
+    run = runtime(tmp_path, "run", resume=True)
+    find("detr-rl").evaluator()(config(detector), run)  # type: ignore[misc]
+    run.close()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    before, after = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows if "eval/quality" in row][
+        -2:
+    ]
+    assert after == before
+    drawn = sorted(path.relative_to(tmp_path / "run" / "images") for path in tmp_path.glob("run/images/**/*.png"))
+    assert len(drawn) == 3  # before the first step and twice on the way
+    fresh = runtime(tmp_path, "fresh")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        detr_rl.evaluate(config(detector), fresh)
+    fresh.close()
+
+
 def raises(*_: np.ndarray) -> float:
-    raise ZeroDivisionError("no boxes")
+    raise ZeroDivisionError("no\nboxes")
 
 
 def not_a_number(*_: np.ndarray) -> float:
     return float("nan")
 
 
-@pytest.mark.parametrize(("name", "message"), [("raises", "raised ZeroDivisionError at step 0: no boxes"),
-                                               ("not_a_number", "is nan at step 0")])  # fmt: skip
+def hangs(*_: np.ndarray) -> float:
+    time.sleep(600)
+    return 0.0
+
+
+_calls = itertools.count()
+
+
+def fails_later(*_: np.ndarray) -> float:
+    """In the third step: each asks for 2 images × 3 answers."""
+    if next(_calls) >= 12:
+        raise ZeroDivisionError("too late")
+    return 1.0
+
+
+@pytest.mark.parametrize(("name", "message"), [("raises", "raised ZeroDivisionError: no boxes"),
+                                               ("not_a_number", "returned nan")])  # fmt: skip
 def test_bad_rewards(detector: Path, name: str, message: str) -> None:
-    subject = tuner(config(detector, reward=f"{__name__}:{name}"))
-    with pytest.raises(UserError, match=message):
-        subject.update(batches(SceneSource(SCENES, 0, "train"), 0, 2))
+    with pytest.raises(RewardFailed, match=message):
+        tuner(config(detector)).update(batches(SceneSource(SCENES, 0, "train"), 0, 2), scorer(f"{__name__}:{name}"))
+
+
+def test_nothing_is_lost_by_a_reward_that_fails_later(detector: Path, tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run")
+    with pytest.raises(RewardFailed, match="too late"):
+        detr_rl.train(config(detector, reward=f"{__name__}:fails_later", eval_every=9), run)
+    run.close()
+    assert final_state(tmp_path, "run")["step"] == 2
+
+
+@pytest.mark.ray
+def test_a_reward_that_hangs(detector: Path, tmp_path: Path) -> None:
+    run = runtime(tmp_path, "run", backend="ray")
+    settings = config(detector, reward=f"{__name__}:hangs", reward_timeout_s=1.0)
+    try:
+        with pytest.raises(RewardFailed, match="took over --reward-timeout-s 1 s"):
+            detr_rl.train(settings, run)
+    finally:
+        run.close()
+
+
+def test_a_rate_that_diverges(detector: Path) -> None:
+    subject, paying = tuner(config(detector, lr=1e20)), scorer()
+    source = SceneSource(SCENES, 0, "train")
+    batch = batches(source, 0, 2)
+    subject.update(batch, paying)
+    with pytest.raises(UserError, match="answers are not finite"):
+        subject.update(batch, paying)
+    with pytest.raises(UserError, match="answers are not finite"):
+        evaluate_detector(subject.net, [HeldoutBatch([0, 1], batch)], source, 2, "cpu")
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(detector: Path) -> None:
+    subject = tuner(config(detector))
+    subject.parameters[0].register_hook(lambda gradient: gradient * torch.nan)
+    before = [parameter.clone() for parameter in subject.parameters]
+    with pytest.raises(UserError, match="gradient is not finite at step 1"):
+        subject.update(batches(SceneSource(SCENES, 0, "train"), 0, 2), scorer())
+    assert all(torch.equal(a, b) for a, b in zip(before, subject.parameters))
 
 
 def test_bad_settings(detector: Path) -> None:
@@ -182,6 +267,6 @@ def test_bad_settings(detector: Path) -> None:
     with pytest.raises(UserError, match="--model is missing"):
         tuner(config(Path()))
     with pytest.raises(UserError, match="cannot be imported"):
-        tuner(config(detector, reward="envs.vision.box_quality:nothing"))
-    with pytest.raises(UserError, match="21 labels, the data has 2"):
-        DetectorTuner(config(detector), ("a", "b"), (), 0, "cpu")
+        scorer("envs.vision.box_quality:nothing")
+    with pytest.raises(UserError, match="knows no label 'a', which the data has"):
+        DetectorTuner(config(detector), ("a", "b"), 0, "cpu")

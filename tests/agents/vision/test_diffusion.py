@@ -109,12 +109,16 @@ def test_resume_repeats_the_uninterrupted_run(finished: RunDirectory, tmp_path: 
 
 
 def test_evaluation_of_a_checkpoint(finished: RunDirectory) -> None:
-    before = json.loads(finished.summary.read_text())["metrics"]
+    before = finished.summary.read_text()
     checkpoint = CheckpointStore(finished.checkpoints, 9).newest()
     run = EvaluationRuntime("diffusion", RunConfig(backend="local"), finished, checkpoint)
     evaluate(TINY, run)
+    run.finish("finished")
     run.close()
-    assert json.loads(finished.summary.read_text())["metrics"] == before
+    assert finished.summary.read_text() == before
+    found = json.loads(finished.evaluations.read_text())
+    figures = {name: value for name, value in json.loads(before)["metrics"].items() if name.startswith("eval/")}
+    assert {name: found[name] for name in figures} == figures
 
 
 def test_a_coco_folder_in_place_of_scenes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checks that misbehave as the completion asks them to; loaded by the workers of the pool under test."""
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -7,7 +8,13 @@ import sys
 import time
 
 from envs.reasoning.problem import Problem, Verdict
-from envs.reasoning.verify import register
+from envs.reasoning.verify import CHECKS, register
+
+
+def tell(pipe: str, text: str) -> None:
+    """A named pipe: a check cannot write to a file."""
+    with open(pipe, "w") as file:
+        file.write(text)
 
 
 @register("hostile")
@@ -29,9 +36,27 @@ def hostile(problem: Problem, completion: str) -> Verdict:
         print(argument, flush=True)  # must not end up in the pool's protocol
     elif deed == "offspring":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        with open(argument, "w") as file:
-            file.write(f"{os.getpid()} {child.pid}")
+        tell(argument, f"{os.getpid()} {child.pid}")
         time.sleep(600)
+    elif deed == "daemon":  # as above, but out of the process group, and the item ends
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        tell(argument, f"{os.getpid()} {child.pid}")
+    elif deed == "leave":  # the process group that is killed when time is up
+        os.setsid()
+        tell(argument, f"{os.getpid()}")
+        time.sleep(600)
+    elif deed == "bribe":  # every check of the interpreter
+        CHECKS.update(dict.fromkeys(CHECKS, lambda problem, completion: Verdict(1.0, "correct")))
+    elif deed == "write":
+        with open(argument, "w") as file:
+            file.write("x")
+    elif deed == "gibberish":  # in the place of a verdict
+        for descriptor in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, argument.encode())
+        os._exit(0)
+    elif deed == "home":
+        return Verdict(0.0, os.environ.get("HOME", "homeless"))
     elif deed == "nan":
         return Verdict(float("nan"), "correct")
     return Verdict(1.0, "correct") if completion.endswith(problem.answer) else Verdict(0.0, "wrong")

@@ -212,6 +212,7 @@ GOOD = {"prompt": "p", "answer": "a"}
         ([GOOD, {"prompt": ["q"], "answer": "5"}], "jsonl:2: `prompt` is list"),
         ([GOOD, {"prompt": "q", "answer": None}], "jsonl:2: `answer` is missing"),
         ([GOOD, {"prompt": " ", "answer": "5"}], "jsonl:2: `prompt` is empty"),
+        ([GOOD, '{"prompt": "\\ud800", "answer": "5"}'], "jsonl:2: `prompt` holds a lone surrogate"),
         ([GOOD, GOOD | {"prompt": "q", "difficulty": "hard"}], "jsonl:2: `difficulty` is `hard`"),
         ([GOOD, '{"prompt": "q", "answer": "a", "difficulty": NaN}'], "jsonl:2: `difficulty` is `nan`"),
         ([GOOD, GOOD | {"prompt": "q", "verifier": "maths"}], "jsonl:2: .*did you mean `math`"),

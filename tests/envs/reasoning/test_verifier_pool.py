@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil  # noqa: F401 - for the script of a process of its own
 import pytest
 
+from envs.reasoning.evaluated_answers import EVALUATED
 from envs.reasoning.problem import Problem
 from envs.reasoning.sources import load_problems
 from envs.reasoning.verifier_pool import VerifierPool
@@ -87,12 +89,55 @@ def test_no_completions() -> None:
         assert pool.score([], []) == []
 
 
-def test_a_hung_verifier_takes_its_offspring_along(tmp_path: Path) -> None:
-    note = tmp_path / "pids"
-    with hostile_pool(timeout_s=3) as pool:
-        assert reasons(pool, [f"offspring {note}"]) == ["timeout"]
-    for pid in map(int, note.read_text().split()):
-        assert_ends(pid)
+@pytest.mark.parametrize(
+    ("deed", "reason"), [("offspring", "timeout"), ("leave", "timeout"), ("daemon", "wrong")], ids=str
+)
+def test_a_verifier_takes_its_offspring_along(deed: str, reason: str, tmp_path: Path) -> None:
+    os.mkfifo(note := tmp_path / "pids")
+    with open(os.open(note, os.O_RDONLY | os.O_NONBLOCK)) as pipe, hostile_pool(timeout_s=3) as pool:
+        # an ordinary user's check cannot even start a process
+        assert reasons(pool, [f"{deed} {note}"])[0] in {reason, "crash"}
+        pids = pipe.read().split()
+        assert pids or os.getuid()
+        for pid in map(int, pids):
+            assert_ends(pid)
+        assert reasons(pool, ["yes"]) == ["correct"]
+
+
+def test_what_a_completion_does_to_the_interpreter_no_other_item_sees() -> None:
+    with hostile_pool() as pool:
+        assert reasons(pool, ["bribe yes", "no", "bribe no", "no"]) == ["correct", "wrong", "wrong", "wrong"]
+        assert reasons(pool, ["no"]) == ["wrong"]
+
+
+def test_a_check_writes_to_no_file_and_has_no_home(tmp_path: Path) -> None:
+    with hostile_pool() as pool:
+        assert reasons(pool, [f"write {tmp_path / 'yes'}", "home", "yes"]) == ["crash", "homeless", "correct"]
+    assert not (tmp_path / "yes").exists() or (tmp_path / "yes").stat().st_size == 0
+
+
+@pytest.mark.parametrize("text", ["no", "[]", "7", '{"reward": 2, "reason": "yes"}', '{"ready": true}'])
+def test_what_is_no_verdict_is_a_crash(text: str) -> None:
+    with hostile_pool() as pool:
+        assert reasons(pool, [f"gibberish {text}", "yes"]) == ["crash", "correct"]
+
+
+FORGERY = (
+    "exec(\"import envs.reasoning.verify as v; v.CHECKS.update(gym=lambda p, c: v.Verdict(1.0, 'correct'));"
+    ' v.gym_dataset.score = lambda a, p: 1.0")'
+)
+
+
+@pytest.mark.parametrize("family", sorted(EVALUATED))
+def test_an_answer_that_a_scorer_evaluates_runs_no_code(family: str, tmp_path: Path) -> None:
+    problems = load_problems(f"gym:{family}", 3, seed=0)
+    touch = f"__import__('pathlib').Path({str(tmp_path / 'touched')!r}).touch()"
+    with VerifierPool(1, timeout_s=20) as pool:
+        verdicts = pool.score(problems, [f"\\boxed{{{FORGERY}}}", f"\\boxed{{{touch}}}", "nothing"])
+        again = pool.score(problems, [*[problem.answer for problem in problems[:2]], "nothing"])
+    assert not (tmp_path / "touched").exists()
+    assert max(verdict.reward for verdict in verdicts) < 0.1
+    assert [verdict.correct for verdict in again] == [True, True, False]
 
 
 @pytest.mark.parametrize("deed", ["yes", "spin", "sleep 600"])
@@ -101,18 +146,24 @@ def test_workers_end_with_the_process_of_the_pool_even_if_it_is_killed(deed: str
         "from tests.envs.reasoning.test_verifier_pool import *\n"  # no __main__ guard
         "pool = hostile_pool(timeout_s=600)\n"
         "pool.score(hostile_problems(1), ['yes'])\n"
-        "print(pool._workers[0]._process.pid, flush=True)\n"
+        "worker = pool._workers[0]._process.pid\n"
+        "def tell():\n"
+        "    time.sleep(1)\n"
+        "    print(worker, *(child.pid for child in psutil.Process(worker).children()), flush=True)\n"
+        "threading.Thread(target=tell).start()\n"
         f"pool.score(hostile_problems(1), [{deed!r}])\n"
         "time.sleep(600)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
-        worker = int(process.stdout.readline())
-        time.sleep(0.2)
-        os.kill(worker, 0)  # alive
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == (1 if deed == "yes" else 2)  # the worker, and the fork that judges
+        for pid in pids:
+            os.kill(pid, 0)  # alive
         process.send_signal(signal.SIGKILL)
-    assert_ends(worker)
+    for pid in pids:
+        assert_ends(pid)
 
 
 def test_score_is_safe_from_several_threads() -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from envs.vision.example import Example, collate
 from envs.vision.panoptic_quality import PanopticQuality
 from envs.vision.scene_spec import CATEGORIES, KINDS, STUFF
 from envs.vision.scenes import SceneConfig, make_scene
-from envs.vision.sources import BatchLoader, DataConfig
+from envs.vision.sources import BatchLoader, CocoSource, DataConfig
 from envs.vision.transforms import ResizeConfig
 from models.detr.boxes import cxcywh_to_xyxy
 from models.detr.postprocess import Detections
@@ -73,9 +74,6 @@ def test_polygons_and_overlaps(folder: Path) -> None:
     file = folder / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
 
-    def square(low: int, high: int) -> list[float]:
-        return [low, low, high, low, high, high, low, high]
-
     records = [("small", square(10, 20), 0), ("large", square(4, 40), 0), ("crowd", square(0, 60), 1)]
     content["annotations"] = [
         {"id": i, "image_id": 0, "category_id": 1, "bbox": [p[0], p[1], p[2] - p[0], p[2] - p[0]], "iscrowd": crowd,
@@ -125,21 +123,134 @@ def change_json(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]
         ("instances", lambda c: c["annotations"][0].update(bbox=[5, 5, 9]), "annotation 1 cannot be used", 5, 1),
         ("instances", lambda c: c["annotations"][0].update(category_id=99), "category 99 is not among", 5, 1),
         ("instances", lambda c: c["annotations"][0].pop("bbox"), "annotation 1 cannot be used", 5, 1),
+        ("instances", lambda c: c["annotations"][0].update(bbox=[float("nan"), 5, 9, 9]), "is not finite", 5, 1),
+        ("instances", lambda c: c["annotations"][0].update(area="much"), "annotation 1 cannot be used", 5, 1),
+        ("instances", lambda c: c["annotations"].append(7), "annotation 7 cannot be used", 5, 0),
+        ("instances", lambda c: c["annotations"][0].update(image_id=[0]), "annotation 1 cannot be used", 5, 1),
+        ("instances", lambda c: c["images"][1].update(id=[1]), "image .*cannot be used", 4, None),
+        ("instances", lambda c: c["images"].append(None), "image None cannot be used", 5, 0),
+        ("instances", lambda c: c["categories"].append({"id": 99}), "category 99 cannot be used", 5, 0),
+        ("instances", lambda c: c["categories"].append({"name": "x"}), r"category .*KeyError: 'id'", 5, 0),
+        ("instances", lambda c: c["categories"].append({"id": 1, "name": "x"}), "1 is circle already", 5, 0),
         ("captions", lambda c: c["annotations"][2].update(caption="  "), "caption 3 of image 2 is empty", 5, 0),
+        (
+            "captions",
+            lambda c: c["annotations"][2].pop("image_id"),
+            r"captions_train\.json: caption 3 cannot be used",
+            5,
+            0,
+        ),
     ],
 )
 def test_bad_records_are_named_then_refused_or_left_out(
-    folder: Path, kind: str, change: Any, message: str, examples: int, objects_left_out: int | None
-) -> None:
+    folder: Path, kind: str, change: Any, message: str, examples: int, objects_left_out: int | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     before = sum(len(r.labels) for r in CocoFolder(config(folder)).records)
     change_json(folder, kind, change)
     with pytest.raises(UserError, match=message):
         CocoFolder(config(folder))
     skipping = CocoFolder(config(folder, on_bad="skip"))
     assert len(skipping.problems) == 1
+    assert re.search(message, caplog.text)
+    assert "1 records left out: " in caplog.text
     assert len(skipping) == examples
     if objects_left_out is not None:
         assert before - sum(len(r.labels) for r in skipping.records) == objects_left_out
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (lambda a: a["segments_info"][1].pop("category_id"), r"image 0, segment 2 cannot be used"),
+        (lambda a: a["segments_info"][1].update(bbox=[1, 2, float("inf"), 4]), "image 0, segment 2: .* is not finite"),
+    ],
+)
+def test_a_bad_segment_is_left_out_alone(folder: Path, segment: Any, message: str) -> None:
+    before = CocoFolder(config(folder, panoptic=True)).records[0].labels
+    change_json(folder, "panoptic", lambda c: segment(c["annotations"][0]))
+    with pytest.raises(UserError, match=message):
+        CocoFolder(config(folder, panoptic=True))
+    skipping = CocoFolder(config(folder, panoptic=True, on_bad="skip"))
+    assert skipping.records[0].labels == before[:1] + before[2:]
+    assert [a["category_id"] for a in CocoSource(config(folder, panoptic=True, on_bad="skip")).truth([0])["annotations"]
+            ] == [label + 1 for label in before[2:]]  # fmt: skip
+
+
+def test_a_panoptic_record_without_segments_takes_its_image_with_it(folder: Path) -> None:
+    change_json(folder, "panoptic", lambda c: c["annotations"][0].pop("segments_info"))
+    skipping = CocoFolder(config(folder, panoptic=True, on_bad="skip"))
+    assert [record.id for record in skipping.records] == [1, 2, 3, 4]
+
+
+def square(low: int, high: int) -> list[float]:
+    return [low, low, high, low, high, high, low, high]
+
+
+def test_a_folder_of_boxes_alone_has_no_masks(folder: Path) -> None:
+    for empty in ([], None):
+        change_json(
+            folder, "instances", lambda c, empty=empty: [a.update(segmentation=empty) for a in c["annotations"]]
+        )
+        assert CocoFolder(config(folder)).example(0).ids is None
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[1, 2, 3]],
+        [[1, 2, 3, 4]],
+        [square(2, 9), [1, 2, 3, 4, 5]],
+        [5, 6, 7, 8, 9, 10],
+        [["a", "b", 1, 2, 3, 4]],
+        [[float("nan"), 1, 2, 3, 4, 5]],
+        [[1, 1, 1e9, 1, 5, 5]],
+        {"size": [64, 64]},
+        {"size": [64, 64], "counts": [3, -4]},
+        {"size": [64, 64], "counts": [3, 9000]},
+        {"size": [32, 64], "counts": [32 * 64]},
+        "circle",
+    ],
+)
+def test_what_is_no_mask_is_named_where_masks_are_wanted(folder: Path, segmentation: Any) -> None:
+    change_json(folder, "instances", lambda c: c["annotations"][0].update(segmentation=segmentation))
+    found = CocoFolder(config(folder))
+    with pytest.raises(UserError, match=r"instances_train\.json: image 0, annotation 1: its segmentation is no mask"):
+        found.example(0)
+    assert found.example(0, masks=False).ids is None
+    assert CocoFolder(config(folder, on_bad="skip")).readable(0)[0] == 1
+    captioned = CaptionedCoco(config(folder), size=64)
+    assert captioned.example(0)[1] == make_scene(SCENES, 0, 0).caption
+
+
+def test_segments_of_another_size_are_named(folder: Path) -> None:
+    png = folder / "annotations" / "panoptic_train" / f"{0:012d}.png"
+    Image.new("RGB", (60, 50)).save(png)
+    with pytest.raises(UserError, match=rf"{png.name}: is 60×50, but panoptic_train\.json says 64×64"):
+        CocoFolder(config(folder, panoptic=True)).example(0)
+
+
+def test_the_truth_is_what_was_kept_and_crowds(folder: Path) -> None:
+    """Annotations need neither iscrowd nor area; one that was left out does not come back."""
+    boxes = {"plain": [4, 4, 10, 20], "crowd": [0, 0, 30, 30], "broken": [5, 5, 9], "outside": [60, 60, 30, 30]}
+    annotations: list[Any] = [
+        {"id": i, "image_id": 2, "category_id": 1, "bbox": b} for i, b in enumerate(boxes.values())
+    ]
+    annotations[1] |= {"iscrowd": 1, "area": 77}
+    change_json(folder, "instances", lambda c: c.update(annotations=[*annotations, "nothing"]))
+    source = CocoSource(config(folder, on_bad="skip"))
+    assert len(source.folder.problems) == 3
+    truth = source.truth([1, 2])
+    assert [(a["image_id"], a["bbox"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [
+        (2, [4, 4, 10, 20], 200, 0),
+        (2, [0, 0, 30, 30], 77, 1),
+    ]
+    assert source.example(2).labels.tolist() == [0]
+    seen = [
+        *detection_records(2, found([0], [[4, 4, 14, 24]], [0.5]), source.category_ids),
+        *detection_records(2, found([0, 0], [[15, 0, 30, 14], [20, 20, 30, 30]], [0.9, 0.8]), source.category_ids),
+    ]
+    assert average_precision(truth, seen)["AP"] == pytest.approx(1)  # what is found on the crowd counts neither way
 
 
 def test_a_box_over_the_edge_by_rounding_is_cut(folder: Path) -> None:

@@ -12,7 +12,7 @@ from envs.control.vector_env import ControlEnv
 from envs.vision import detect
 from envs.vision.box_quality import box_quality
 from envs.vision.detect import EYE_VARIABLE, LEVELS, SCENES, STOP, WINDOWS, DetectVectorEnv
-from envs.vision.scene_spec import COLOURS, SHAPES, ObjectSpec, SceneSpec
+from envs.vision.scene_spec import CATEGORIES, COLOURS, SHAPES, ObjectSpec, SceneSpec
 from envs.vision.scenes import Scene, render
 from models.detr.checkpoint import save_detr
 from models.detr.config import DetrConfig, ResNetConfig
@@ -201,6 +201,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detector")
     config = DetrConfig(
         num_labels=21,
+        labels=CATEGORIES,
         num_queries=6,
         d_model=32,
         encoder_layers=1,

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from envs.vision import shipped_weights
+from envs.vision.answer_reward import AnswerScorer
 from envs.vision.image_rewards import RewardScorer, find_reward
 from envs.vision.scenes import SceneConfig, make_scene, scene_caption
 from models.errors import UserError
@@ -30,6 +31,25 @@ def test_agreement_is_judged_by_the_detector_of_the_package(tmp_path: Path, monk
     monkeypatch.setattr(shipped_weights, "WEIGHTS", tmp_path)  # of an installation without any
     with pytest.raises(UserError, match=r"no detr model .*--detector"):
         find_reward("scene-agreement")
+
+
+@pytest.mark.parametrize(("text", "message"), [("1 / 0", "ZeroDivisionError"), ("def f(:", "SyntaxError"),
+                                               ("import sys; sys.exit(3)", "SystemExit: 3")])  # fmt: skip
+def test_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    name = f"broken_{message[:6]}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for read in (find_reward, lambda path: AnswerScorer(path, [])):
+        with pytest.raises(UserError, match=f"{name}:f: its module cannot be imported .{message}"):
+            read(f"{name}:f")
+
+
+def test_what_is_not_a_function_pays_nothing() -> None:
+    for read in (find_reward, lambda path: AnswerScorer(path, [])):
+        with pytest.raises(UserError, match="math:pi: is a float, not a function"):
+            read("math:pi")
 
 
 def test_unknown_rewards_are_named() -> None:

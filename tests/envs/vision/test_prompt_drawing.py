@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_folder(tiny_latent_diffusion(), diffusion)
     torch.manual_seed(0)
     config = DetrConfig(
-        num_labels=len(CATEGORIES), num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1,
+        num_labels=len(CATEGORIES), labels=CATEGORIES, num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
         backbone=ResNetConfig("basic", (1, 1), (16, 32), 16),
     )  # fmt: skip

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs.vision.scene_agreement import SceneAgreement, share_found, share_of_all
+from envs.vision.detect import DetrEye
+from envs.vision.scene_agreement import SceneAgreement, SceneDetector, share_found, share_of_all
 from envs.vision.scene_spec import BACKGROUND_COLOURS, CATEGORIES, COLOURS, KINDS, SceneSpec, parse_caption
 from envs.vision.scenes import Scene, SceneConfig, make_scene
 from models.detr.checkpoint import save_detr
@@ -13,6 +14,7 @@ from models.detr.config import DetrConfig, ResNetConfig
 from models.detr.detr import Detr
 from models.detr.postprocess import Detections
 from models.errors import UserError
+from tests.models.detr.small import SMALL
 
 TWO = parse_caption("a red circle at the top left and a blue star in the centre, on a plain black background")
 
@@ -99,7 +101,7 @@ def test_a_scene_agrees_with_its_own_caption_and_with_no_other_colours() -> None
 
 def test_a_detector_looks(tmp_path: Path) -> None:
     config = DetrConfig(
-        num_labels=len(CATEGORIES), num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1,
+        num_labels=len(CATEGORIES), labels=CATEGORIES, num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
         backbone=ResNetConfig("basic", (1, 1), (16, 32), 16),
     )  # fmt: skip
@@ -109,6 +111,22 @@ def test_a_detector_looks(tmp_path: Path) -> None:
     assert all(0 <= share <= 1 for share in agreement(images, [TWO.caption()] * 2))
     with pytest.raises(UserError, match="an elephant"):
         agreement(images, ["an elephant", TWO.caption()])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (CATEGORIES[::-1], "label 0 is 'noisy background', of scenes it is 'circle'"),
+        ((*KINDS, "cat"), "label 16 is 'cat', of scenes it is 'plain background'"),
+        (KINDS[:4], "label 4 is missing, of scenes it is 'cross'"),
+        ((), "does not name its labels"),
+    ],
+)
+def test_a_detector_of_other_classes_is_refused(labels: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    save_detr(Detr(replace(SMALL, num_labels=len(labels) or 21, labels=labels)), tmp_path)
+    for looks in (SceneDetector, DetrEye):
+        with pytest.raises(UserError, match=message):
+            looks(tmp_path)
 
 
 def test_of_all_that_is_seen() -> None:

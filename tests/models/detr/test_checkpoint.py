@@ -224,14 +224,60 @@ def test_bad_input(box_peer: Any, tmp_path: Path) -> None:
     torch.save({"model": {"class_embed.weight": torch.zeros(3, 3)}}, tmp_path / "part.pth")
     refused("tensor backbone.conv1.weight is missing|is missing", tmp_path / "part.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    refused("holds no `model`", tmp_path / "none.pth")
+    refused("holds no tensors by name", tmp_path / "none.pth")
     torch.save({"model": Malice()}, tmp_path / "evil.pth")
     refused("cannot be read as weights", tmp_path / "evil.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "part.pth").read_bytes()[:300])
     refused("cannot be read as weights", tmp_path / "cut.pth")
 
 
-def test_a_dilated_backbone_cannot_be_saved_for_transformers(tmp_path: Path) -> None:
+def test_a_dilated_model_of_the_original_code(batch: Batch, tmp_path: Path) -> None:
+    """Its tensors are those of a plain one: the arguments beside them tell, or else whoever loads it."""
+    resnet18 = ResNetConfig("basic", (2, 2, 2, 2), (64, 128, 256, 512), 64, dilation=True)
+    config = replace(SMALL, mask_head=False, encoder_attention_heads=4, decoder_attention_heads=4, backbone=resnet18)
+    torch.manual_seed(0)
+    model = Detr(config).eval()
+    file = tmp_path / "dc5.pth"
+
+    def outputs(loaded: Detr) -> Tensor:
+        with torch.no_grad():
+            return loaded(*batch).logits_BQC
+
+    arguments = argparse.Namespace(dilation=True, nheads=4, position_embedding="sine", pre_norm=False)
+    torch.save({"model": original_state(model), "args": arguments}, file)
+    assert load_detr(file).config == config
+    torch.testing.assert_close(outputs(load_detr(file)), outputs(model))
+    save_detr(load_detr(file), tmp_path / "folder")  # for timm's ResNet: transformers' own has no dilation
+    written = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (written["backbone"], written["dilation"], written["use_timm_backbone"]) == ("resnet18", True, True)
+    assert load_detr(tmp_path / "folder").config == config
+    torch.testing.assert_close(outputs(load_detr(tmp_path / "folder")), outputs(model))
+
+    torch.save({"model": original_state(model)}, file)  # as published
+    assert load_detr(file, dilation=True).config.backbone == resnet18
+    assert not load_detr(file).config.backbone.dilation
+
+    torch.save({"model": original_state(model), "args": argparse.Namespace(dilation=False)}, file)
+    with pytest.raises(UserError, match="says that its backbone is not dilated"):
+        load_detr(file, dilation=True)
+    for name, value in (("pre_norm", True), ("position_embedding", "learned")):
+        torch.save({"model": original_state(model), "args": argparse.Namespace(**{name: value})}, file)
+        with pytest.raises(UserError, match=f"was trained with {name} {value!r}"):
+            load_detr(file)
+
+
+def test_a_folder_that_does_not_say_how_many_labels_has_two(tmp_path: Path) -> None:
+    """transformers writes neither id2label nor num_labels where they are its defaults."""
+    peer = peer_model(num_labels=2)
+    peer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("id2label", "label2id", "num_labels"):
+        content.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_detr(tmp_path).config.num_labels == DetrForObjectDetection.from_pretrained(tmp_path).config.num_labels
+
+
+def test_a_dilated_backbone_that_is_none_of_timms_cannot_be_saved(tmp_path: Path) -> None:
     config = DetrConfig(backbone=ResNetConfig("basic", (1, 1), (8, 16), 8, dilation=True))
     with pytest.raises(UserError, match="DC5"):
         save_detr(Detr(config), tmp_path)

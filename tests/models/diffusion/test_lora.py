@@ -84,6 +84,27 @@ def test_names_of_diffusers_before_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(draw(again), expected, **TOLERANCE)
 
 
+def test_names_of_attention_processors(tmp_path: Path) -> None:
+    """As files of diffusers 0.14 to 0.20 have them; its later versions read them, and so do we."""
+    ours, reference = unets()
+    before = draw(ours)
+    save_lora(trained_adapter(ours), tmp_path)
+    old = {}
+    for name, tensor in load_file(tmp_path / WEIGHTS).items():
+        attention, _, rest = name.replace("to_out.0", "to_out").rpartition(".to_")
+        layer, part = rest.removesuffix(".weight").split(".lora_")
+        old[f"{attention}.processor.to_{layer}_lora.{'down' if part == 'A' else 'up'}.weight"] = tensor
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" in old
+    save_file(old, tmp_path / WEIGHTS)
+    state, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path)
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, reference)
+    again, _ = unets()
+    load_lora(again, tmp_path)
+    torch.testing.assert_close(draw(again), draw(reference), **TOLERANCE)
+    assert len(adapters(again)) == len(adapters(ours))
+    assert (draw(again) - before).abs().max() > 0.01
+
+
 def test_merged(tmp_path: Path) -> None:
     ours, _ = unets()
     names = set(ours.state_dict())

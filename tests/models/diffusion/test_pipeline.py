@@ -1,5 +1,7 @@
 """Text to image and image to image from a folder, against diffusers' pipelines with the same noise."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from models.diffusion.folder import load_folder, save_folder
 from models.diffusion.noise_schedule import NAMES, SchedulerConfig
 from models.diffusion.pipeline import LatentDiffusion, image_to_image, text_to_image
+from models.diffusion.schedulers import DDIM
 from models.errors import UserError
 from tests.models.diffusion.small_models import CAPTIONS, latent_diffusion
 
@@ -54,6 +57,50 @@ def test_text_to_image(folder: Path, name: str) -> None:
     ).images  # fmt: skip
     torch.testing.assert_close(images, expected, **TOLERANCE)
     assert expected.std() > 0.05  # not saturated
+
+
+def with_scheduler_config(folder: Path, copy: Path, name: str, settings: dict) -> Path:
+    """The folder with another scheduler, whose file says this and nothing else beside the noise."""
+    shutil.copytree(folder, copy)
+    class_name = next(cls for cls, ours in NAMES.items() if ours == name)
+    index = json.loads((copy / "model_index.json").read_text()) | {"scheduler": ["diffusers", class_name]}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    content = {"_class_name": class_name, **noise, **settings}
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"steps_offset": 0, "timestep_spacing": "leading"}, {"clip_sample": True, "set_alpha_to_one": True}],
+    ids=["defaults", "leading", "clipped"],
+)
+@pytest.mark.parametrize("name", NAMES.values())
+def test_the_scheduler_of_the_folder_draws_as_in_the_pipeline(
+    folder: Path, tmp_path: Path, name: str, settings: dict
+) -> None:
+    """Whose constructor changes what scheduler_config.json says, or leaves out."""
+    copy = with_scheduler_config(folder, tmp_path / "copy", name, settings)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    images = text_to_image(
+        load_folder(copy), PROMPTS, steps=10, guidance=3.0, latents_BZhw=noise, generator=generators[0]
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(copy, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        PROMPTS, num_inference_steps=10, guidance_scale=3.0, latents=noise, output_type="pt", generator=generators[1]
+    ).images
+    torch.testing.assert_close(images, expected, **TOLERANCE)
+    assert expected.std() > 0.05
+
+
+def test_another_scheduler_inherits_what_the_pipeline_set(folder: Path, tmp_path: Path) -> None:
+    copy = with_scheduler_config(folder, tmp_path / "copy", "pndm", {})
+    config = DDIM(load_folder(copy).scheduler.with_name("ddim"), 5).config
+    assert (config.clip_sample, config.steps_offset) == (False, 1)
 
 
 def test_text_to_image_of_its_own_size_without_guidance(folder: Path) -> None:

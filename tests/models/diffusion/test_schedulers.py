@@ -117,6 +117,7 @@ def test_configuration_survives_json() -> None:
         ({"use_karras_sigmas": True}, "use_karras_sigmas"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"solver_order": 3}, "solver_order"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
     ],
 )
 def test_unsupported_settings_are_named(changes: dict, named: str) -> None:
