@@ -22,7 +22,7 @@ class Job:
     extra: str = ""
     """The extra of this package that the job needs to be installed."""
     check: str = ""
-    """A function `(config, run)` for dry runs: it refuses what `train` refuses before its first actor, and ends there."""
+    """A function `(config, run)` for dry runs: it refuses what `train` refuses up to its first actor, and ends."""
 
     def config_class(self) -> type:
         return self._load(self.config)
