@@ -15,6 +15,8 @@ has changed). Where the peer would take days, scores alone can be compared:
 
     python -m benchmarks.control_peer --algo ddpg --env Hopper-v5 --steps 300000 --device cuda --peer-device cpu \
         --sides ours          # on a GPU; then --sides peer --go-on wherever there are cores, a few seeds at a time
+
+or `--peer-device cuda --peer-recorded`, which gives the peer's gradient steps to the GPU as a CUDA graph.
 """
 
 import dataclasses
@@ -65,6 +67,8 @@ class Config:
     peer_device: Literal["cpu", "cuda"] | None = None
     """Where the peer learns, if elsewhere: such an entry compares scores, and has no ratios of time."""
     peer_threads: int = 1
+    peer_recorded: bool = False
+    """DDPG's peer with its gradient step as a CUDA graph (benchmarks/sb3_recorded.py): for scores, not for speeds."""
     sides: tuple[Literal["ours", "peer"], ...] = ("ours", "peer")
     go_on: bool = False
     """Keep the runs of the newest entry of this algo, env and steps, and add the missing ones."""
@@ -122,6 +126,7 @@ def peer(config: Config, seed: int) -> dict[str, Any]:
     flags |= {"device": config.peer_device or config.device, "threads": config.peer_threads}
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    command += ["--recorded"] * config.peer_recorded
     lines = quietly(command, {"OMP_NUM_THREADS": str(config.peer_threads)}).splitlines()
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 

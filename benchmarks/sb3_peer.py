@@ -95,9 +95,13 @@ class Config:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
+    recorded: bool = False
+    """DDPG on a GPU, its gradient step as a CUDA graph: where scores would take days (benchmarks/sb3_recorded.py)."""
 
 
 def main(config: Config) -> None:
+    if config.recorded and (config.algo, config.device) != ("ddpg", "cuda"):
+        raise SystemExit("--recorded is for --algo ddpg --device cuda")
     torch.set_num_threads(config.threads)
     import sb3_contrib
     import stable_baselines3
@@ -116,12 +120,12 @@ def main(config: Config) -> None:
         if name in settings:
             size = env.action_space.shape[0]
             settings["action_noise"] = noise(np.zeros(size), settings.pop(name) * np.ones(size))
-    if (
-        config.device == "cuda" and config.algo == "ddpg"
-    ):  # its Adam as one kernel, the same arithmetic: launches bound it
-        settings["policy_kwargs"] = settings.get("policy_kwargs", {}) | {"optimizer_kwargs": {"fused": True}}
-    package = sb3_contrib if config.algo == "trpo" else stable_baselines3
-    model = getattr(package, config.algo.upper())("MlpPolicy", env, seed=config.seed, device=config.device, **settings)
+    if config.recorded:
+        from benchmarks.sb3_recorded import RecordedDDPG as algorithm
+    else:
+        package = sb3_contrib if config.algo == "trpo" else stable_baselines3
+        algorithm = getattr(package, config.algo.upper())
+    model = algorithm("MlpPolicy", env, seed=config.seed, device=config.device, **settings)
 
     class Watch(BaseCallback):
         reached: float | None = None
@@ -146,6 +150,7 @@ def main(config: Config) -> None:
                 "seed": config.seed,
                 "device": config.device,
                 "threads": config.threads,
+                "recorded": config.recorded,
                 "steps": model.num_timesteps,
                 "return_mean": round(float(np.mean(score)), 2),
                 "steps_per_s": round(model.num_timesteps / seconds, 1),
