@@ -62,6 +62,10 @@ def _in(module: str, config: str, extra: str = "", check: str = "") -> Job:
     return Job(f"{module}:{config}", f"{module}:train", f"{module}:evaluate", extra, check)
 
 
+def _vision(module: str, config: str) -> Job:
+    return _in(module, config, "vision", f"{module}:check")
+
+
 def _control(module: str, config: str) -> Job:
     return _in(module, config, check="agents.config:check")
 
@@ -82,10 +86,10 @@ JOBS: dict[str, Job] = {
     "td3": _control("agents.td3", "TD3Config"),
     "sac": _control("agents.sac", "SACConfig"),
     # vision
-    "diffusion": _in("agents.vision.diffusion", "DiffusionConfig", "vision"),
-    "ddpo": _in("agents.vision.ddpo", "DDPOConfig", "vision"),
-    "detr": _in("agents.vision.detr", "DetrJobConfig", "vision"),
-    "detr-rl": _in("agents.vision.detr_rl", "DetrRLConfig", "vision"),
+    "diffusion": _vision("agents.vision.diffusion", "DiffusionConfig"),
+    "ddpo": _vision("agents.vision.ddpo", "DDPOConfig"),
+    "detr": _vision("agents.vision.detr", "DetrJobConfig"),
+    "detr-rl": _vision("agents.vision.detr_rl", "DetrRLConfig"),
 }
 
 

@@ -183,6 +183,13 @@ def evaluate(config: DDPOConfig, run: "Run") -> None:
     run.summarize(evaluation(config, run, learner, scorer, heldout))
 
 
+def check(config: DDPOConfig, run: "Run") -> None:
+    """For `--dry-run`: the reward, the model and the prompts."""
+    find_reward(config.reward, config.detector)
+    DDPOLearner(config, run.seed, run.device)
+    load_prompts(config, run.seed)
+
+
 def start_scorer(config: DDPOConfig, run: "Run") -> "ActorGroup":
     """The reward's own process. A detector works where the diffusion model does; other rewards are code."""
     device, share = (

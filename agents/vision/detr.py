@@ -109,6 +109,12 @@ def evaluate(config: DetrJobConfig, run: "Run") -> None:
     run.summarize(figures)
 
 
+def check(config: DetrJobConfig, run: "Run") -> None:
+    """For `--dry-run`: both parts of the data, and the model."""
+    make_source(config.data, run.seed, heldout=False)
+    make_learner(config, make_source(config.data, run.seed, heldout=True), run)
+
+
 @contextlib.contextmanager
 def saved_if_data_fails(learner: DetrLearner, run: "Run") -> Iterator[None]:
     """Around what reads images: what was learned since the last checkpoint outlives one that is broken."""

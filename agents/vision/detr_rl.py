@@ -26,6 +26,7 @@ from agents.vision.heldout import evaluation, show
 from agents.vision.prefetch import in_order
 from agents.vision.reward_calls import paid
 from envs.vision.answer_reward import AnswerScorer
+from envs.vision.custom_reward import import_reward
 from envs.vision.example import Batch
 from envs.vision.sources import BatchLoader, DataConfig, Source, make_source
 from models.detr.boxes import cxcywh_to_xyxy
@@ -128,6 +129,14 @@ def evaluate(config: DetrRLConfig, run: "Run") -> None:
     figures = evaluation(config, tuner.net, start_loaders(config, tuner, run), source, run)
     run.log(tuner.step, figures)
     run.summarize(figures)
+
+
+def check(config: DetrRLConfig, run: "Run") -> None:
+    """For `--dry-run`: the reward, both parts of the data, and the model."""
+    import_reward(config.reward)
+    make_source(config.data, run.seed, heldout=False)
+    source = make_source(config.data, run.seed, heldout=True)
+    DetectorTuner(config, source.names, run.seed, run.device, source.category_ids)
 
 
 def start_scorer(config: DetrRLConfig, source: Source, run: "Run") -> "ActorGroup":

@@ -21,7 +21,7 @@ from agents.vision.diffusion_config import LearningConfig, NetworkConfig
 from agents.vision.diffusion_learner import AutoencoderLearner, DenoiserLearner
 from agents.vision.pictures import as_bytes
 from agents.vision.prefetch import in_order
-from envs.vision.captioned import CaptionedConfig, CaptionedLoader
+from envs.vision.captioned import CaptionedConfig, CaptionedLoader, make_captioned
 from envs.vision.scene_agreement import SceneAgreement
 from models.diffusion.folder import save_folder
 from models.diffusion.pipeline import LatentDiffusion, text_to_image
@@ -125,6 +125,15 @@ def evaluate(config: DiffusionConfig, run: "Run") -> None:
     denoiser = make_denoiser(config, run, tokenizer)
     denoiser.load_state(state["denoiser"])
     run.summarize(evaluation(config, run, run.started_from, autoencoder, denoiser, tokenizer, heldout))
+
+
+def check(config: DiffusionConfig, run: "Run") -> None:
+    """For `--dry-run`: both parts of the data, the detector and the autoencoder."""
+    for heldout in (False, True):
+        make_captioned(config.data, run.seed, heldout)
+    if config.detector:
+        SceneAgreement(config.detector, run.device)
+    AutoencoderLearner(config.network, config.learning, run.seed, run.device)
 
 
 def make_denoiser(config: DiffusionConfig, run: "Run", tokenizer: PromptTokenizer) -> DenoiserLearner:

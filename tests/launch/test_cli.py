@@ -175,6 +175,14 @@ def test_dry_run_refuses_what_the_run_would_refuse(command: Command) -> None:
         (("demo", "--name", "r"), "runs/r exists already"),
         (("demo", "--name", "a/b"), "--name 'a/b' cannot name a run"),
         (("a2c", "--env", "Nope-v0"), "unknown environment `Nope-v0`"),
+        (("detr", "--data.coco.folder", "nowhere"), "nowhere/annotations/instances_"),
+        (("detr-rl",), "--model is missing"),
+        (("detr-rl", "--reward", "math:nothing"), "reward math:nothing"),
+        (("ddpo", "--reward", "beauty"), "unknown reward `beauty`"),
+        (("ddpo", "--prompts", "nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
+        (("ddpo", "--model", "nowhere"), "nowhere: no model there"),
+        (("diffusion", "--data.coco.folder", "nowhere"), "nowhere/annotations/instances_"),
+        (("diffusion", "--detector", "nowhere"), f"{Path.cwd()}/nowhere: no such DETR"),
     ):
         code, out, err = command("train", *arguments, "--dry-run")
         assert (code, out) == (2, "")
