@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.n_step import NStep
 from agents.rollout import RolloutConfig, RolloutWorker, Snapshot
 from agents.step_limit import StepLimit
 from envs.control.spaces import BoxActions
@@ -17,6 +18,7 @@ class Experience:
     """Transitions in the order in which they were played, without autoreset dummies."""
 
     rows: np.ndarray  # (K, W) float32
+    steps: int  # that were played; rows are fewer where a transition reaches over several
     episode_returns: np.ndarray  # (E,) float32, of the episodes that ended, in order
     policy_version: int | None  # of the snapshot that played; None for uniformly random actions
 
@@ -28,6 +30,7 @@ class ExperienceWorker(RolloutWorker):
         assert isinstance(space, BoxActions)
         self.space = space
         self.noise_NA = np.zeros((config.num_envs, space.size), np.float32)
+        self.n_step = NStep(config.n_step, config.gamma, self.env.spaces.observation_size + space.size)
 
     def experience(self, snapshot: Snapshot | None, steps: int, round: int, restart: bool) -> Experience:
         """Play `steps` steps of each environment, going on where the last call stopped.
@@ -38,7 +41,7 @@ class ExperienceWorker(RolloutWorker):
         policy, process = None if snapshot is None else self.config.policy(snapshot.weights), self.config.noise
         n, d, a = len(self.done), self.env.spaces.observation_size, self.space.size
         rows = np.empty((steps, n, 2 * d + a + 2), np.float32)
-        valid = np.empty((steps, n), bool)
+        valid, done = np.empty((2, steps, n), bool)
         finished: list[float] = []
         random = rng.uniform(-1, 1, (steps, n, a)) if policy is None else rng.standard_normal((steps, n, a))
         random = random.astype(np.float32)
@@ -48,6 +51,7 @@ class ExperienceWorker(RolloutWorker):
                 self.done[:] = False
                 self.returns[:] = 0
                 self.noise_NA[:] = 0
+                self.n_step.restart()
             for t in range(steps):
                 if policy is None:
                     actions = random[t]
@@ -65,7 +69,7 @@ class ExperienceWorker(RolloutWorker):
                 rows[t, :, d + a + 1] = self.config.gamma * ~terminated
                 rows[t, :, d + a + 2 :] = observations
                 self.observations = rows[t, :, d + a + 2 :]
-                self.done = terminated | truncated
+                done[t] = self.done = terminated | truncated
                 self.returns += rewards
                 if self.done.any():
                     finished += self.returns[self.done].tolist()
@@ -73,4 +77,6 @@ class ExperienceWorker(RolloutWorker):
                     self.noise_NA[self.done] = 0
         self.env.check(rows[..., d + a + 2 :], rows[..., d + a])
         self.observations = self.observations.copy()
-        return Experience(rows[valid], np.array(finished, np.float32), snapshot.version if snapshot else None)
+        version = snapshot.version if snapshot else None
+        joined = self.n_step(rows, done, valid)
+        return Experience(joined, int(valid.sum()), np.array(finished, np.float32), version)

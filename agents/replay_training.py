@@ -62,6 +62,8 @@ class ReplayConfig(ControlConfig):
     """Environment steps with uniformly random actions before the first gradient step."""
     updates_per_step: float = 1.0
     """Gradient steps to one environment step."""
+    n_step: int = 1
+    """Rewards in the target of a Q function before the target network takes over."""
     batch_size: int = 256
     lr: float = 1e-3
     """Learning rate of all networks (Adam)."""
@@ -87,6 +89,10 @@ class ReplayConfig(ControlConfig):
             raise UserError(
                 f"--learning-starts is {self.learning_starts}: with --steps {self.steps} nothing would be learnt; "
                 "begin earlier or play longer"
+            )
+        if self.n_step > self.fragment_steps:
+            raise UserError(
+                f"--n-step is {self.n_step}: must not exceed --fragment-steps {self.fragment_steps}; play longer ones"
             )
 
 
@@ -161,7 +167,7 @@ class Learner(ABC):
     def start_workers(self, run: "Run") -> "ActorGroup":
         env, envs, policy = self.config.env, self.config.envs_per_worker, self.actor.numpy_policy
         gamma, limit = self.config.gamma, self.config.step_timeout_s
-        rollout = RolloutConfig(env, envs, policy, run.seed, gamma, limit, self.noise)
+        rollout = RolloutConfig(env, envs, policy, run.seed, gamma, limit, self.noise, self.config.n_step)
         return run.actors(ExperienceWorker, self.config.workers, {"cpu": 1}, rollout, name="rollout")
 
     def phase(self) -> int:
@@ -185,7 +191,7 @@ class Learner(ABC):
 
     def add(self, experience: Experience) -> None:
         self.replay.add(experience.rows)
-        self.env_steps += len(experience.rows)
+        self.env_steps += experience.steps
         self.returns.extend(experience.episode_returns.tolist())
         played_by = experience.policy_version
         self.lag = 0 if played_by is None else self.gradient_steps - played_by

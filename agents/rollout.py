@@ -83,7 +83,7 @@ class RolloutConfig:
     """What a worker plays, and how.
 
     policy: makes the numpy policy of a snapshot's flat weights. noise: what the policy's noise goes through, from step
-    to step of an episode; None leaves it independent.
+    to step of an episode; None leaves it independent. n_step: how far a transition for the replay buffer reaches.
     """
 
     env: str
@@ -93,6 +93,7 @@ class RolloutConfig:
     gamma: float  # of `return_moments`
     step_timeout_s: float
     noise: OrnsteinUhlenbeck | None = None
+    n_step: int = 1
 
 
 class RolloutWorker:

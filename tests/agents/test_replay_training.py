@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
 SHORT: dict[str, ReplayConfig] = {
     "ddpg": DDPGConfig(**SIZES, noise="ou"),
     "td3": TD3Config(**SIZES, lr_schedule="linear"),
-    "sac": SACConfig(**SIZES),
+    "sac": SACConfig(**SIZES, n_step=3),
 }
 
 
@@ -144,6 +144,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_they_are_played(tmp_pat
         ({"batch_size": 0}, "--batch-size is 0: must be positive"),
         ({"noise_std": -0.1}, "--noise-std is -0.1: must not be negative"),
         ({"learning_starts": -1}, "--learning-starts is -1"),
+        ({"n_step": 33}, "--n-step is 33: must not exceed --fragment-steps 32"),
         ({"learning_starts": 1200}, "--learning-starts is 1200: with --steps 1200 nothing would be learnt"),
     ],
 )
