@@ -71,31 +71,34 @@ class Session:
         self.verifiers = Verifiers(config, run, [*self.sets.train, *self.sets.heldout])
         gpu = run.device == "cuda"
         rollout, learner = config.rollout, config.learner
-        self.learner = run.actors(
-            Learner,
-            1,
-            {"cpu": learner.threads, "gpu": learner.gpu_share if gpu else 0},
-            self.folder,
-            learner,
-            run.device,
-            name="learner",
-        )
-        self.workers = run.actors(
-            RolloutWorker,
-            rollout.workers,
-            {"cpu": 1, "gpu": rollout.gpu_share if gpu else 0},
-            self.folder,
-            config.engine,
-            rollout,
-            run.device,
-            context,
-            run.seed,
-            record_experts,
-            adapter_rank,
-            name="rollout",
-        )
-        self.version = 0
-        self.what = ("adapter", "load_adapter") if adapter_rank else (self._transport(), "load_weights")
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.verifiers.close)  # the run ends its actors, and these are none
+            self.learner = run.actors(
+                Learner,
+                1,
+                {"cpu": learner.threads, "gpu": learner.gpu_share if gpu else 0},
+                self.folder,
+                learner,
+                run.device,
+                name="learner",
+            )
+            self.workers = run.actors(
+                RolloutWorker,
+                rollout.workers,
+                {"cpu": 1, "gpu": rollout.gpu_share if gpu else 0},
+                self.folder,
+                config.engine,
+                rollout,
+                run.device,
+                context,
+                run.seed,
+                record_experts,
+                adapter_rank,
+                name="rollout",
+            )
+            self.version = 0
+            self.what = ("adapter", "load_adapter") if adapter_rank else (self._transport(), "load_weights")
+            undo.pop_all()
 
     def _context(self, max_tokens: int, limit: int) -> int:
         """Longest prompt plus completion, rounded up; refuse what the policy was not made for."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -342,6 +343,16 @@ def test_a_dry_run_refuses_what_a_run_refuses(
     assert main(common) == 0
     assert main([*common, "--model", str(finished / "policy" / "final")]) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_does_not_begin_leaves_no_verifier_behind(finished: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")
+    before = {*psutil.Process().children()}
+    assert train(tmp_path, "dry", "--dry-run") == 0
+    assert {*psutil.Process().children()} <= before
+    assert train(tmp_path, "cut", "--model", str(folder)) == 2
+    assert {*psutil.Process().children()} <= before
 
 
 def copy_of(finished: Path, folder: Path) -> Path:
