@@ -215,4 +215,5 @@ class Session:
         texts = [THOUGHT.sub(EMPTY, s) if rng.random() < direct_share else s for s in solutions]
         if direct_share and problems and texts == solutions:
             raise UserError(f"--sft.direct-share {direct_share}: no solution has the form {EMPTY}, with work inside")
-        return [Sample(self.dialogue.prompt(p.prompt), self.dialogue.answer(t), []) for p, t in zip(problems, texts)]
+        of = self.dialogue
+        return [Sample(of.prompt(p.prompt), of.answer(p.prompt, t), []) for p, t in zip(problems, texts)]

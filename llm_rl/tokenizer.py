@@ -89,9 +89,13 @@ class Dialogue:
         messages.append({"role": "user", "content": question})
         return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def answer(self, text: str) -> list[int]:
-        """Token ids of a worked solution, with the end token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos]
+    def answer(self, question: str, solution: str) -> list[int]:
+        """Token ids of a worked solution as it goes on from the prompt, with the end token. Where the prompt leaves
+        thinking open, it is not opened again, and a solution that does not think closes it: else it would teach
+        completions that have no answer."""
+        if opening := self.opening(question):
+            solution = solution.removeprefix(opening) if MARKS[1] in solution else MARKS[1] + solution
+        return [*self.tokenizer.encode(solution, add_special_tokens=False), self.eos]
 
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says, without the stop token that ended it."""

@@ -78,3 +78,20 @@ def test_thinking_that_the_problem_itself_opens_without_a_template(tmp_path: Pat
     assert verdict(of, "4", opened).reason == "unparsable"
     assert verdict(of, "</think>4", opened).correct
     assert verdict(of, "4").correct
+
+
+SOLUTIONS = ["<think>2 and 2</think>4", "2 and 2</think>4", "<think></think>4", "4"]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKING], ids=["plain", "thinking"])
+@pytest.mark.parametrize("solution", SOLUTIONS)
+def test_what_a_worked_solution_teaches_is_a_right_answer(tmp_path: Path, template: str, solution: str) -> None:
+    of = dialogue(tmp_path, template)
+    session = Session.__new__(Session)
+    session.dialogue, session.run = of, SimpleNamespace(seed=0)  # type: ignore[assignment]
+    (sample,) = session.worked([replace(QUESTION, solution=solution)], 0.0)
+    whole = of.tokenizer.decode([*sample.prompt, *sample.completion])
+    assert whole.count("<think>") == (1 if template == THINKING else solution.count("<think>"))
+    assert verdict(of, of.tokenizer.decode(sample.completion)).correct
+    if template == CHAT_TEMPLATE:
+        assert of.text(sample.completion) == solution
