@@ -114,6 +114,9 @@ def _confine_fork() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # root is exempt
     sys.dont_write_bytecode = True
+    # Standard output is /dev/null. Errors go there too: warnings of what an answer holds, and the answers that
+    # math-verify quotes, would fill the pool's terminal or log as fast as a policy provokes them.
+    os.dup2(1, 2)
 
 
 def _end_offspring() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def hostile(problem: Problem, completion: str) -> Verdict:
         _ = b"x" * (int(argument) * 1024 * 1024)
     elif deed == "print":
         print(argument, flush=True)  # must not end up in the pool's protocol
+    elif deed == "complain":
+        logging.getLogger("math_verify").warning("no time for %s", completion)
     elif deed == "offspring":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         tell(argument, f"{os.getpid()} {child.pid}")

@@ -116,6 +116,21 @@ def test_a_check_writes_to_no_file_and_has_no_home(tmp_path: Path) -> None:
     assert not (tmp_path / "yes").exists() or (tmp_path / "yes").stat().st_size == 0
 
 
+def test_what_a_check_says_of_a_completion_is_not_shown() -> None:
+    reading, writing = os.pipe()  # a fork cannot write to the file that pytest puts in the place of the terminal
+    ours = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        with hostile_pool() as pool:
+            assert reasons(pool, ["complain yes", "print yes", "segfault"]) == ["correct", "correct", "crash"]
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
+    with open(reading) as shown:
+        assert shown.read() == ""
+
+
 @pytest.mark.parametrize("text", ["no", "[]", "7", '{"reward": 2, "reason": "yes"}', '{"ready": true}'])
 def test_what_is_no_verdict_is_a_crash(text: str) -> None:
     with hostile_pool() as pool:
