@@ -185,9 +185,9 @@ _POSITIVE = (
     "rl.importance_cap",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "eval.every", "sft.steps", "sft.warmup", "rl.iterations", "rl.tau", "rl.length_reward_from", "rl.final_lr_ratio",
-    "sft.final_lr_ratio", "learner.weight_decay", "learner.router_aux_loss_coef", "learner.router_sequence_loss_coef",
-    "learner.router_z_loss_coef", "learner.router_bias_rate",
+    "eval.every", "sft.steps", "sft.warmup", "rl.iterations", "rl.tau", "rl.temperature", "rl.length_reward_from",
+    "rl.final_lr_ratio", "sft.final_lr_ratio", "learner.weight_decay", "learner.router_aux_loss_coef",
+    "learner.router_sequence_loss_coef", "learner.router_z_loss_coef", "learner.router_bias_rate",
 )  # fmt: skip
 _BELOW_ONE = ("learner.beta1", "learner.beta2")
 

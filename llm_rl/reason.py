@@ -161,6 +161,7 @@ def judge(
 
 def evaluate(config: ReasonConfig, run: "Run") -> None:
     """`longstride evaluate RUN`: the checkpoint's policy on the held-out problems, under the tag `checkpoint`."""
+    require_sizes(config)  # its flags may differ from the run's
     state = run.restore()
     session = Session(config, run, config.rl.max_tokens, config.rl.temperature)
     try:

@@ -313,6 +313,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "bad").exists()  # nothing was trained, and the name is free again
 
 
+@pytest.mark.parametrize("flag", ["--eval.samples 0", "--rl.max-tokens 0", "--rl.temperature -1"])
+def test_an_evaluation_refuses_what_it_cannot_do(flag: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(finished), *flag.split()]) == 2
+    assert f"{flag.split()[0]} {flag.split()[1]}" in capsys.readouterr().err
+
+
 def test_fine_tuning_names_its_own_limit_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--problems", "gym:chain_sum", "--count", "20", "--eval.count", "2", "--backend", "local"]
     flags += ["--policy.max-position-embeddings", "20", "--engine", "torch", "--runs-dir", str(tmp_path)]
