@@ -47,6 +47,8 @@ def parse_spec(spec: str) -> GymSpec:
     family, _, query = spec.removeprefix("gym:").partition("?")
     if family not in DATASETS:
         raise unknown_name("reasoning-gym family", family, DATASETS)
+    if family == "composite":  # its parts would be scored without the care for answers that are evaluated
+        raise UserError("gym:composite is a mix of other families: name each of these as a source of its own")
     fields = {
         field.name: field for field in dataclasses.fields(DATASETS[family][1]) if field.name not in _NOT_PARAMETERS
     }

@@ -106,7 +106,8 @@ def test_parameters_are_parsed_to_their_types(spec: str, params: dict) -> None:
         ("gym:chain_sum?max_terms=3&max_terms=4", "twice"),
         ("gym:chain_sum?min_terms=5&max_terms=3", "reasoning-gym refuses"),
         ("gym:chain_sum?seed=3", "not a parameter"),
-        ("gym:composite", "Must specify at least one dataset"),
+        ("gym:composite", "each of these as a source"),
+        ('gym:composite?datasets=[{"name":"n_queens","weight":1,"config":{}}]', "each of these as a source"),
     ],
 )
 def test_bad_gym_specs(spec: str, message: str) -> None:
