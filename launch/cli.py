@@ -30,7 +30,7 @@ from launch.console import RunConsole
 from launch.exit_codes import INTERRUPTED, USER_ERROR
 from launch.run_directory import RunDirectory, folder_to_fill
 from launch.run_table import show_runs
-from models.errors import UserError, nearest
+from models.errors import ActorsFailed, UserError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,8 +97,8 @@ def train(arguments: Sequence[str]) -> int:
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
     try:
         return _run(name, trainer, config, directory, None)
-    except UserError:
-        if not directory.has_begun():
+    except UserError as error:
+        if not isinstance(error, ActorsFailed) and not directory.has_begun():
             directory.discard()  # nothing was trained: the name is free for the corrected command
         raise
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llm_rl.config import RolloutConfig
 from llm_rl.generator import Adapter, Completion, Generator, SamplingConfig
 from llm_rl.weights import gpu
-from models.errors import UserError
+from models.errors import ActorsFailed
 from models.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def collect(
     A share whose worker died is asked again with the same seed, so a death changes nothing but the time. `done` is
     called with each share (indices, completions) as it arrives, while other workers still generate.
 
-    Raises UserError if a share is lost ATTEMPTS times, or runs past the time limit TIMEOUTS times.
+    Raises ActorsFailed if a share is lost ATTEMPTS times, or runs past the time limit TIMEOUTS times.
     """
     shares = {w: list(range(w, len(prompts), len(workers))) for w in range(min(len(workers), len(prompts)))}
     results: list[list[Completion]] = [[] for _ in prompts]
@@ -126,14 +126,14 @@ def collect(
 
 
 def _refuse_hopeless(losses: Sequence[ConnectionError], timeout_s: float) -> None:
-    """Raise UserError for a share that has been lost too often. A call past its limit is a TimeoutError too."""
+    """Raise ActorsFailed for a share that has been lost too often. A call past its limit is a TimeoutError too."""
     if sum(isinstance(loss, TimeoutError) for loss in losses) == TIMEOUTS:
-        raise UserError(
+        raise ActorsFailed(
             f"a rollout took longer than --rollout.timeout-s {timeout_s:g}, {TIMEOUTS} times: raise it, sample "
             f"fewer or shorter completions, or add --rollout.workers ({losses[-1]})"
         )
     if len(losses) == ATTEMPTS:
-        raise UserError(
+        raise ActorsFailed(
             f"the workers of one rollout died {ATTEMPTS} times in a row (--rollout.timeout-s {timeout_s:g} was not the "
             f"reason); the last time: {losses[-1]}"
         )

@@ -22,7 +22,7 @@ from llm_rl.rollout import RolloutWorker, collect
 from llm_rl.sampler import family
 from llm_rl.tokenizer import Dialogue
 from llm_rl.verifiers import Verifiers
-from models.errors import UserError
+from models.errors import ActorsFailed, UserError
 from models.language.checkpoint import read_config
 from models.seeding import derive_seed
 
@@ -127,13 +127,13 @@ class Session:
         self.learner.close()
 
     def learn(self, method: str, *args: Any, share_result: bool = False) -> Any:
-        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint. Raises UserError
-        if it takes longer than its time limit."""
+        """Call the learner and wait. A dead learner ends the job: its state is in the last checkpoint. Raises
+        ActorsFailed if it takes longer than its time limit."""
         limit_s = self.config.learner.timeout_s
         try:
             return self.learner.call(0, method, *args, timeout_s=limit_s, share_result=share_result).result()
         except TimeoutError as error:
-            raise UserError(
+            raise ActorsFailed(
                 f"the learner's `{method}` took longer than --learner.timeout-s {limit_s:g}; the last checkpoint is "
                 f"kept: raise it, or give the learner less to do in a step ({error})"
             ) from error

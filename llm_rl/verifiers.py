@@ -12,7 +12,7 @@ from envs.reasoning import scene_prompts
 from envs.reasoning.problem import Problem, Verdict
 from envs.reasoning.verifier_pool import VerifierPool
 from llm_rl.config import LanguageJob
-from models.errors import UserError
+from models.errors import ActorsFailed, UserError
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup, Run
@@ -37,7 +37,7 @@ class Verifiers:
         """Score each completion of the problem at the same position.
 
         A batch of scenes whose judge dies or runs out of time is given to the judge that replaces it; if that one dies
-        too, the batch earns 0, with the reason `lost`. Raises UserError if every batch of a call is lost.
+        too, the batch earns 0, with the reason `lost`. Raises ActorsFailed if every batch of a call is lost.
         """
         verdicts: dict[int, Verdict] = {}
         drawn = [i for i, problem in enumerate(problems) if problem.verifier == scene_prompts.VERIFIER]
@@ -55,7 +55,7 @@ class Verifiers:
             verdicts |= zip(batch, scene_verdicts)
             self.counts.update(verdict.reason for verdict in scene_verdicts)
         if lost and lost == len(batches):
-            raise UserError(
+            raise ActorsFailed(
                 f"no picture could be drawn and looked at within --scene.timeout-s {self.settings.timeout_s:g} s "
                 "(see logs/scene-*.log): raise it, or lower --scene.batch-size"
             )

@@ -1,4 +1,4 @@
-"""The one exception whose text is written for the user."""
+"""The exceptions whose text is written for the user."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,11 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2. Anything that a user can cause (a file, a
     key, a value, a missing device) raises this; every other exception is a bug and keeps its traceback.
     """
+
+
+class ActorsFailed(UserError):
+    """Actors that had started died or took too long, time after time: their logs tell why, so a run keeps its folder
+    even if it ended before its first step."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

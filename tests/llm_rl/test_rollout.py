@@ -81,3 +81,5 @@ def test_a_time_limit_ends_in_one_line(
     assert len(error.splitlines()) == 1
     assert f"{flag}.timeout-s" in error
     assert f"{method} ran past its limit" in error
+    (run,) = (folder for folder in tmp_path.iterdir() if folder.name != "latest")
+    assert (run / "logs").is_dir()  # even if it ended in its first evaluation
