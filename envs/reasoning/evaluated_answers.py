@@ -6,6 +6,7 @@ can report any reward. So before a scorer sees an answer:
     lists         its `eval` becomes `ast.literal_eval`: what is no literal raises, as what is no Python did
     arithmetic    only numbers, operators and parentheses pass
     expressions   also the names of functions and constants below, single letters, and the names in the problem's answer
+                  but `Integral`: an integral that is not worked out is the question, and a scorer finds it right
 
 The last two leave no way to a string, an attribute, an item or a statement, and none of the names leads to one. What
 they do not stop is an expression that takes for ever (`9**9**9`): the time limit of the verifier pool does.
@@ -42,7 +43,7 @@ def is_plain(family: str, answer: str, own_answer: str) -> bool:
     if family in ARITHMETIC:
         return _SUM.fullmatch(answer) is not None
     if family in EXPRESSIONS:
-        allowed = _KNOWN.union(_NAME.findall(own_answer))
+        allowed = _KNOWN.union(_NAME.findall(own_answer)) - {"Integral"}  # some problems' own answers are no better
         names = _NAME.findall(answer)
         return _FORMULA.fullmatch(answer) is not None and all(len(name) == 1 or name in allowed for name in names)
     return True

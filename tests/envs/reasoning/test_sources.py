@@ -52,7 +52,7 @@ def test_training_and_held_out_problems_are_disjoint_in_the_smallest_family() ->
 @pytest.mark.parametrize("family", sorted(DATASETS.keys() - {"composite"}))
 def test_every_family_survives_the_trip_through_json(family: str) -> None:
     """The scorer gives an entry that went through JSON the score that it gives the original."""
-    dataset = create_dataset(family, seed=5, size=2)
+    dataset = create_dataset(family, seed=6, size=2)
     entry = dataset[0]
     packed = json.loads(json.dumps(gym_dataset.pack_entry(gym_dataset.GymSpec(family, {}), entry)))
     assert gym_dataset._unpack(packed["entry"]) == entry
