@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -121,7 +122,13 @@ def score(answer: str, packed: Mapping[str, Any]) -> float:
     if not is_plain(packed["family"], answer, packed["entry"]["answer"] or ""):
         return 0.0
     dataset = _scorer(packed["family"], json.dumps(packed["params"], sort_keys=True))
-    return float(dataset.score_answer(answer, _unpack(packed["entry"])))
+    reward = float(dataset.score_answer(answer, _unpack(packed["entry"])))
+    if packed["family"] == "puzzle24":
+        # Its scorer takes any four numbers: `6*4*1*1` would be right everywhere. 0.01 is what it gives for wrong.
+        used = sorted(int(number) for number in re.findall(r"\d+", answer))
+        if used != sorted(packed["entry"]["metadata"]["numbers"]):
+            return min(reward, 0.01)
+    return reward
 
 
 def warm_up(answer: str, packed: Mapping[str, Any]) -> None:
