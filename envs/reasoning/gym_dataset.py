@@ -11,12 +11,12 @@ import functools
 import importlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 from envs.reasoning.evaluated_answers import is_plain, read_literals_only
+from envs.reasoning.lenient_scorers import corrected
 from models.errors import UserError, unknown_name
 
 # Set by the caller of `load_problems`, not by the spec.
@@ -118,17 +118,13 @@ def pack_entry(spec: GymSpec, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def score(answer: str, packed: Mapping[str, Any]) -> float:
     """The dataset's own score of an answer, in [0, 1]; 0 for one that it would evaluate and that is more than a sum, a
-    formula or a list (`envs.reasoning.evaluated_answers`)."""
+    formula or a list (`envs.reasoning.evaluated_answers`), and no more than a wrong one's for one that is right
+    whatever the question (`envs.reasoning.lenient_scorers`)."""
     if not is_plain(packed["family"], answer, packed["entry"]["answer"] or ""):
         return 0.0
     dataset = _scorer(packed["family"], json.dumps(packed["params"], sort_keys=True))
-    reward = float(dataset.score_answer(answer, _unpack(packed["entry"])))
-    if packed["family"] == "puzzle24":
-        # Its scorer takes any four numbers: `6*4*1*1` would be right everywhere. 0.01 is what it gives for wrong.
-        used = sorted(int(number) for number in re.findall(r"\d+", answer))
-        if used != sorted(packed["entry"]["metadata"]["numbers"]):
-            return min(reward, 0.01)
-    return reward
+    entry = _unpack(packed["entry"])
+    return corrected(float(dataset.score_answer(answer, entry)), packed["family"], answer, entry)
 
 
 def warm_up(answer: str, packed: Mapping[str, Any]) -> None:

@@ -39,12 +39,6 @@ def test_formulas_pass(answer: str) -> None:
     assert is_plain("simple_integration", answer, "x1")
 
 
-def test_a_24_of_other_numbers_is_wrong() -> None:
-    for problem in load_problems("gym:puzzle24", 20, seed=0):
-        ours = sorted(problem.metadata["entry"]["metadata"]["numbers"]) == [1, 1, 4, 6]
-        assert gym_dataset.score("6*4*1*1", problem.metadata) == (1.0 if ours else 0.01)
-
-
 def test_the_question_is_no_answer() -> None:
     unsolved = [p for p in load_problems("gym:intermediate_integration", 60, seed=0) if "Integral" in p.answer]
     asked = unsolved[0].metadata["entry"]["metadata"]
