@@ -132,7 +132,7 @@ def warm_up(answer: str, packed: Mapping[str, Any]) -> None:
     loads and caches."""
     importlib.import_module("reasoning_gym")
     key = (packed["family"], str(packed["params"]))
-    if key not in _warm:
+    if key not in _warm and is_plain(packed["family"], answer, answer):  # what is not plain warms nothing up
         _warm.add(key)
         with contextlib.suppress(Exception):  # an open question has no answer of its own
             score(answer, packed)

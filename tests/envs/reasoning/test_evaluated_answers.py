@@ -48,6 +48,16 @@ def test_the_question_is_no_answer() -> None:
     assert gym_dataset.score("-2*x**2*cos(x) + 4*x*sin(x) + 4*cos(x)", simple.metadata) == 1
 
 
+def test_an_answer_that_no_scorer_is_shown_does_not_count_as_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = load_problems("gym:intermediate_integration", 60, seed=0)
+    monkeypatch.setattr(gym_dataset, "_warm", set())
+    gym_dataset._scorer.cache_clear()
+    for unsolved in (True, False):
+        problem = next(p for p in problems if ("Integral" in p.answer) == unsolved)
+        gym_dataset.warm_up(problem.answer, problem.metadata)
+    assert gym_dataset._scorer.cache_info().currsize == 1
+
+
 HOSTILE = [
     "exec('x')", "eval(x)", "__import__('os')", "open(x)", "getattr(x, y)", "x.diff", "x .diff", "1 .real", "1..real",
     "sin('x')", 'sin("x")', "x[0]", "{x}", "lambda: 0", "(lambda x: x)(1)", "x := 1", "x if y else z", "1if x else y",
