@@ -9,7 +9,7 @@ folder.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from agents.evaluation import UNLOGGED
 from agents.vision.ddpo_learner import DDPOLearner
 from agents.vision.ddpo_sampler import SamplesAhead, sample
 from agents.vision.pictures import as_bytes
@@ -132,7 +133,8 @@ class DDPOConfig:
 
 
 def train(config: DDPOConfig, run: "Run") -> None:
-    """Metrics are logged by iterations. A reward that fails ends the run with what was learned before it saved."""
+    """Metrics are logged by iterations. A reward that fails ends the run with what was learned before it saved. If that
+    was in an evaluation, a resumed run begins with it."""
     find_reward(config.reward, config.detector)  # before the diffusion model is loaded
     learner = DDPOLearner(config, run.seed, run.device)
     prompts, heldout = load_prompts(config, run.seed)
@@ -147,6 +149,8 @@ def train(config: DDPOConfig, run: "Run") -> None:
             figures = evaluation(config, run, learner, scorer, heldout)
             run.log(0, figures, config.iterations)
             run.summarize({name.replace("eval/", "eval/before/"): value for name, value in figures.items()})
+        elif state is not None and UNLOGGED in state:
+            evaluate_and_save(config, run, learner, scorer, heldout, state[UNLOGGED])
         while learner.iteration < config.iterations:
             clock = time.perf_counter()
             rollout, rewards = ahead.take() if ahead else sample(config, run, learner, scorer, prompts)
@@ -155,20 +159,37 @@ def train(config: DDPOConfig, run: "Run") -> None:
             if ahead:
                 metrics["run/actor_restarts"] = float(ahead.actors.restarts)
             metrics["time/images_per_s"] = config.samples / (time.perf_counter() - clock)
-            step = learner.iteration
-            if step % config.eval_every == 0 or step == config.iterations:
-                figures = evaluation(config, run, learner, scorer, heldout)
-                run.summarize(figures)
-                metrics |= figures
-            run.log(step, metrics, config.iterations)
-            if "eval/reward_mean" in metrics:
-                run.save(step, learner.state(), score=metrics["eval/reward_mean"])
-                saved = step
+            if _is_due(config, learner.iteration):
+                evaluate_and_save(config, run, learner, scorer, heldout, metrics)
+                saved = learner.iteration
+            else:
+                run.log(learner.iteration, metrics, config.iterations)
     except (RewardFailed, ConnectionError):  # the latter of samplers that die again and again
         if saved < learner.iteration:
-            run.save(learner.iteration, learner.state())
+            unlogged = {UNLOGGED: metrics} if _is_due(config, learner.iteration) else {}
+            run.save(learner.iteration, learner.state() | unlogged)
         raise
     learner.save(run.directory / "model" / "final")
+
+
+def _is_due(config: DDPOConfig, iteration: int) -> bool:
+    """Whether an evaluation and a checkpoint follow this iteration."""
+    return iteration % config.eval_every == 0 or iteration == config.iterations
+
+
+def evaluate_and_save(
+    config: DDPOConfig,
+    run: "Run",
+    learner: DDPOLearner,
+    scorer: "ActorGroup",
+    prompts: Sequence[str],
+    metrics: Mapping[str, float],
+) -> None:
+    """metrics: of the iteration, logged with the figures."""
+    figures = evaluation(config, run, learner, scorer, prompts)
+    run.summarize(figures)
+    run.log(learner.iteration, {**metrics, **figures}, config.iterations)
+    run.save(learner.iteration, learner.state(), score=figures["eval/reward_mean"])
 
 
 def evaluate(config: DDPOConfig, run: "Run") -> None:

@@ -7,11 +7,13 @@ Evaluation is of the averaged weights (EMA), on held-out images: COCO's AP on th
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from agents.evaluation import UNLOGGED
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
 from agents.vision.heldout import evaluation, show
 from agents.vision.prefetch import in_order
@@ -61,7 +63,8 @@ class DetrJobConfig:
 def train(config: DetrJobConfig, run: "Run") -> None:
     """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json.
 
-    Data that ends the run (an image that cannot be read) ends it after a checkpoint.
+    Data that ends the run (an image that cannot be read) ends it after a checkpoint. If that was in an evaluation, a
+    resumed run begins with it.
     """
     source = make_source(config.data, run.seed, heldout=True)
     learner = make_learner(config, source, run)
@@ -69,6 +72,8 @@ def train(config: DetrJobConfig, run: "Run") -> None:
     if state is not None:
         learner.load_state(state)
     loaders = start_loaders(config, learner, run)
+    if state is not None and UNLOGGED in state:
+        evaluate_and_save(config, run, learner, loaders, source)
     clock, waited = time.perf_counter(), 0.0
     numbers = ((number,) for number in range(learner.step, config.steps))
     batches = in_order(loaders, "train_batch", numbers, config.loader_timeout_s)
@@ -86,12 +91,7 @@ def train(config: DetrJobConfig, run: "Run") -> None:
             run.log(step, metrics, config.steps)
             clock, waited = time.perf_counter(), 0.0
         if step % config.eval_every == 0 or step == config.steps:
-            with saved_if_data_fails(learner, run):
-                show(config, learner.averaged, step, loaders, source, run)
-                figures = evaluation(config, learner.averaged, loaders, source, run)
-            run.log(step, figures, config.steps)
-            run.summarize(figures)
-            run.save(step, learner.state(), score=figures.get("eval/AP"))  # without things there is no AP
+            evaluate_and_save(config, run, learner, loaders, source)
             clock, waited = time.perf_counter(), 0.0
     save_detr(learner.averaged, run.directory / "model" / "final")
 
@@ -115,14 +115,28 @@ def check(config: DetrJobConfig, run: "Run") -> None:
     make_learner(config, make_source(config.data, run.seed, heldout=True), run)
 
 
+def evaluate_and_save(
+    config: DetrJobConfig, run: "Run", learner: DetrLearner, loaders: "ActorGroup", source: Source
+) -> None:
+    with saved_if_data_fails(learner, run, {UNLOGGED: {}}):
+        show(config, learner.averaged, learner.step, loaders, source, run)
+        figures = evaluation(config, learner.averaged, loaders, source, run)
+    run.log(learner.step, figures, config.steps)
+    run.summarize(figures)
+    run.save(learner.step, learner.state(), score=figures.get("eval/AP"))  # without things there is no AP
+
+
 @contextlib.contextmanager
-def saved_if_data_fails(learner: DetrLearner, run: "Run") -> Iterator[None]:
-    """Around what reads images: what was learned since the last checkpoint outlives one that is broken."""
+def saved_if_data_fails(
+    learner: DetrLearner, run: "Run", what_failed: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[None]:
+    """Around what reads images: what was learned since the last checkpoint outlives one that is broken. what_failed:
+    told to the checkpoint."""
     try:
         yield
     except UserError:
         if learner.step > 0 and learner.is_finite():  # weights that diverged may be why
-            run.save(learner.step, learner.state())
+            run.save(learner.step, learner.state() | dict(what_failed))
         raise
 
 

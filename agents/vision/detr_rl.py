@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from agents.evaluation import UNLOGGED
 from agents.vision.detection_policy import answer_log_probs, leave_one_out, reinforce_loss, sample_answers
 from agents.vision.detection_score import refuse_divergence
 from agents.vision.heldout import evaluation, show
@@ -81,7 +82,8 @@ class DetrRLConfig:
 def train(config: DetrRLConfig, run: "Run") -> None:
     """The `detr-rl` job. Evaluates before the first step, and writes model/final.
 
-    A reward that fails, or an image that cannot be read, ends the run with what was learned before it saved.
+    A reward that fails, or an image that cannot be read, ends the run with what was learned before it saved. If that
+    was in an evaluation, a resumed run begins with it.
     """
     source = make_source(config.data, run.seed, heldout=True)
     scorer = start_scorer(config, source, run)  # a reward that there is not is named before the detector is loaded
@@ -90,6 +92,8 @@ def train(config: DetrRLConfig, run: "Run") -> None:
     state = run.restore()
     if state is not None:
         tuner.load_state(state)
+        if UNLOGGED in state:
+            evaluate_and_save(config, run, tuner, loaders, source)
     else:
         figures = evaluation(config, tuner.net, loaders, source, run)
         show(config, tuner.net, 0, loaders, source, run)
@@ -104,18 +108,30 @@ def train(config: DetrRLConfig, run: "Run") -> None:
                 metrics["time/images_per_s"] = config.log_every * config.batch_size / (time.perf_counter() - clock)
                 run.log(tuner.step, metrics, config.steps)
                 clock = time.perf_counter()
-            if tuner.step % config.eval_every == 0 or tuner.step == config.steps:
-                figures = evaluation(config, tuner.net, loaders, source, run)
-                show(config, tuner.net, tuner.step, loaders, source, run)
-                run.log(tuner.step, figures, config.steps)
-                run.summarize(figures)
-                run.save(tuner.step, tuner.state(), score=figures["eval/quality"])
+            if _is_due(config, tuner.step):
+                evaluate_and_save(config, run, tuner, loaders, source)
                 clock, saved = time.perf_counter(), tuner.step
     except UserError:  # a RewardFailed, or data that is broken
         if saved < tuner.step and tuner.is_finite():
-            run.save(tuner.step, tuner.state())
+            unlogged: dict[str, Any] = {UNLOGGED: {}} if _is_due(config, tuner.step) else {}
+            run.save(tuner.step, tuner.state() | unlogged)
         raise
     save_detr(tuner.net, run.directory / "model" / "final")
+
+
+def _is_due(config: DetrRLConfig, step: int) -> bool:
+    """Whether an evaluation and a checkpoint follow this step."""
+    return step % config.eval_every == 0 or step == config.steps
+
+
+def evaluate_and_save(
+    config: DetrRLConfig, run: "Run", tuner: "DetectorTuner", loaders: "ActorGroup", source: Source
+) -> None:
+    figures = evaluation(config, tuner.net, loaders, source, run)
+    show(config, tuner.net, tuner.step, loaders, source, run)
+    run.log(tuner.step, figures, config.steps)
+    run.summarize(figures)
+    run.save(tuner.step, tuner.state(), score=figures["eval/quality"])
 
 
 def evaluate(config: DetrRLConfig, run: "Run") -> None:

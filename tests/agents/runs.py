@@ -1,6 +1,8 @@
 """Runs in this process, for tests of trainers."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,18 @@ def train(job: str, config: Any, path: Path, name: str, **options: Any) -> dict[
     finally:
         run.close()
     return json.loads((path / name / "summary.json").read_text())["metrics"]
+
+
+def failing_at(number: int, function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """The function, whose call `number`, from 1 on, raises the error."""
+    calls = itertools.count(1)
+
+    def called(*args: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return function(*args, **options)
+
+    return called
 
 
 class Killed(BaseException):

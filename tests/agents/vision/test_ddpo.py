@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
+from agents.vision import ddpo
 from agents.vision.ddpo import DDPOConfig, evaluate, load_prompts, start_scorer, train
 from agents.vision.ddpo_learner import DDPOLearner
 from agents.vision.ddpo_sampler import sample
 from envs.vision import shipped_weights
+from envs.vision.custom_reward import RewardFailed
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
@@ -28,6 +30,7 @@ from launch.runtime import EvaluationRuntime, Runtime
 from models.diffusion.folder import load_folder, save_folder
 from models.diffusion.lora import WEIGHTS, load_lora
 from models.errors import UserError
+from tests.agents.runs import failing_at
 from tests.models.diffusion.small_models import tiny_latent_diffusion
 
 HERE = "tests.agents.vision.rewards"
@@ -273,6 +276,22 @@ def test_nothing_is_lost_by_a_reward_that_fails_later(tiny: DDPOConfig, tmp_path
         start(tmp_path, replace(tiny, reward=f"{HERE}:fails_later", iterations=9, eval_every=9))
     newest = CheckpointStore(RunDirectory(tmp_path / "run").checkpoints, 9).newest()
     assert newest.step == 2  # one batch of evaluation, two of each iteration: the third iteration's second call fails
+
+
+@pytest.mark.parametrize("evaluation", [2, 3])
+def test_a_resumed_run_begins_with_the_evaluation_that_failed(
+    evaluation: int, tiny: DDPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is that before all iterations."""
+    whole = start(tmp_path, tiny, "whole")
+    monkeypatch.setattr(ddpo, "evaluation", failing_at(evaluation, ddpo.evaluation, RewardFailed("broken")))
+    with pytest.raises(RewardFailed, match="broken"):
+        start(tmp_path, tiny, "cut")
+    cut = start(tmp_path, tiny, "cut", resume=True)
+    for name in ("step", "train/reward_mean", "train/loss", "eval/reward_mean"):
+        assert logged(cut, name) == logged(whole, name)
+    assert cut.read_summary()["metrics"]["eval/reward_mean"] == logged(whole, "eval/reward_mean")[-1]
+    assert_same(final_adapters(cut), final_adapters(whole))
 
 
 @pytest.mark.ray

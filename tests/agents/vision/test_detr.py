@@ -33,6 +33,7 @@ from models.detr.detr import Detr, DetrOutput
 from models.detr.loss import SetLossConfig
 from models.detr.targets import Targets
 from models.errors import UserError
+from tests.agents.runs import failing_at
 
 SCENES = SceneConfig(size=64, max_objects=2)
 NETWORK = NetworkConfig(depths=(1, 1, 1), hidden_sizes=(16, 32, 48), queries=6, d_model=32, heads=8, encoder_layers=1,
@@ -214,6 +215,22 @@ def test_an_image_that_ends_the_run_ends_it_after_a_checkpoint(split: str, saved
     image.write_bytes(whole)
     train(replace(config, eval_every=3), tmp_path, "cut", resume=True)
     train(replace(config, eval_every=3), tmp_path, "whole")
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_resumed_run_begins_with_the_evaluation_that_failed(
+    evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends as one in which none did, line by line: also if it was the last."""
+    config = replace(SHORT, steps=4)
+    figures = train(config, tmp_path, "whole")
+    monkeypatch.setattr(detr, "evaluation", failing_at(evaluation, detr.evaluation, UserError("broken")))
+    with pytest.raises(UserError, match="broken"):
+        train(config, tmp_path, "cut")
+    again = train(config, tmp_path, "cut", resume=True)
+    assert {k: v for k, v in again.items() if "eval" in k} == {k: v for k, v in figures.items() if "eval" in k}
+    assert history(tmp_path, "cut") == history(tmp_path, "whole")
     assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
 
 

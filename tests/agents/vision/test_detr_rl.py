@@ -27,7 +27,8 @@ from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
 from models.detr.checkpoint import save_detr
 from models.errors import UserError
-from tests.agents.vision.test_detr import SCENES, assert_equal, batches, learner
+from tests.agents.runs import failing_at
+from tests.agents.vision.test_detr import SCENES, assert_equal, batches, history, learner
 
 
 def logits() -> Tensor:
@@ -166,6 +167,28 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(detector: Path, 
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())["metrics"]
     assert {"eval/before/quality", "eval/quality"} <= summary.keys()
     assert (tmp_path / "cut" / "model" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("evaluation", [2, 3])
+def test_a_resumed_run_begins_with_the_evaluation_that_failed(
+    evaluation: int, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is that before all steps."""
+
+    def train(name: str, resume: bool = False) -> None:
+        run = runtime(tmp_path, name, resume)
+        try:
+            detr_rl.train(config(detector), run)
+        finally:
+            run.close()
+
+    train("whole")
+    monkeypatch.setattr(detr_rl, "evaluation", failing_at(evaluation, detr_rl.evaluation, UserError("broken")))
+    with pytest.raises(UserError, match="broken"):
+        train("cut")
+    train("cut", resume=True)
+    assert history(tmp_path, "cut") == history(tmp_path, "whole")
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
 
 
 def test_evaluate_scores_the_checkpoint_and_boxes_are_drawn(detector: Path, tmp_path: Path) -> None:
