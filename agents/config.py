@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from envs.control.vector_env import control_spaces
 from models.control.numpy_policies import Activation
 from models.errors import UserError
 
@@ -58,8 +57,3 @@ class ControlConfig:
                 raise UserError(f"{flag}: must be positive")
             if name in self.at_most_one and value > 1:
                 raise UserError(f"{flag}: must be at most 1")
-
-
-def check(config: ControlConfig, run: object) -> None:
-    """For `--dry-run`. Raises UserError if the environment cannot be made, or is none for control agents."""
-    control_spaces(config.env)

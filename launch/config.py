@@ -53,7 +53,7 @@ class TrainOptions:
     """YAML file, or the name of a recipe that comes with longstride."""
     dry_run: bool = False
     """Print the resolved configuration and the job's placement plan, if it has one, and stop. Refuses a name that is
-    taken and an environment that cannot be made."""
+    taken, and what the job refuses before it starts its actors."""
     seeds: int = 1
     """Train this many seeds, from --seed on, each as a run of its own below runs/<name>/, and aggregate them."""
     seeds_at_once: int = 1

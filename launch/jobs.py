@@ -67,7 +67,8 @@ def _vision(module: str, config: str) -> Job:
 
 
 def _control(module: str, config: str) -> Job:
-    return _in(module, config, check="agents.config:check")
+    """Nothing of these comes before their first actor but checks: a dry run begins to train."""
+    return _in(module, config, check=f"{module}:train")
 
 
 JOBS: dict[str, Job] = {

@@ -175,6 +175,8 @@ def test_dry_run_refuses_what_the_run_would_refuse(command: Command) -> None:
         (("demo", "--name", "r"), "runs/r exists already"),
         (("demo", "--name", "a/b"), "--name 'a/b' cannot name a run"),
         (("a2c", "--env", "Nope-v0"), "unknown environment `Nope-v0`"),
+        (("ddpg", "--env", "CartPole-v1"), "CartPole-v1 has discrete actions, and this agent needs continuous ones"),
+        (("offpac", "--sde-steps", "4"), "--sde-steps 4 is for continuous actions"),
         (("detr", "--data.coco.folder", "nowhere"), "nowhere/annotations/instances_"),
         (("detr-rl",), "--model is missing"),
         (("detr-rl", "--reward", "math:nothing"), "reward math:nothing"),
@@ -187,9 +189,10 @@ def test_dry_run_refuses_what_the_run_would_refuse(command: Command) -> None:
         code, out, err = command("train", *arguments, "--dry-run")
         assert (code, out) == (2, "")
         assert err.startswith(f"longstride: {message}")
-    code, out, _ = command("train", "a2c", "--env", "CartPole-v1", "--dry-run")
-    assert code == 0
-    assert out.rstrip().endswith("no placement plan: the job a2c has none")
+    for job in ("a2c", "offpac", "ddpg"):
+        code, out, _ = command("train", job, "--dry-run")
+        assert code == 0
+        assert out.rstrip().endswith(f"no placement plan: the job {job} has none")
 
 
 def test_a_resolved_config_is_a_recipe(command: Command) -> None:
