@@ -21,6 +21,7 @@ from agents.evaluation import UNLOGGED
 from agents.vision.ddpo_learner import DDPOLearner
 from agents.vision.ddpo_sampler import SamplesAhead, sample
 from agents.vision.pictures import as_bytes
+from agents.vision.prefetch import KeptDying
 from agents.vision.reward_calls import paid
 from envs.vision.custom_reward import RewardFailed
 from envs.vision.image_rewards import AGREEMENT, RewardScorer, find_reward
@@ -164,7 +165,7 @@ def train(config: DDPOConfig, run: "Run") -> None:
                 saved = learner.iteration
             else:
                 run.log(learner.iteration, metrics, config.iterations)
-    except (RewardFailed, ConnectionError):  # the latter of samplers that die again and again
+    except (RewardFailed, KeptDying):  # the latter of samplers
         if saved < learner.iteration:
             unlogged = {UNLOGGED: metrics} if _is_due(config, learner.iteration) else {}
             run.save(learner.iteration, learner.state() | unlogged)

@@ -78,7 +78,7 @@ class SamplesAhead:
     def take(self) -> tuple[Rollout, np.ndarray]:
         """What the learner's next update is of, as `sample` gives it; has the actors begin what comes after.
 
-        Raises RewardFailed, and ConnectionError if the actors die over one batch again and again.
+        Raises RewardFailed, and KeptDying if the actors die over one batch again and again.
         """
         config, iteration = self._config, self._learner.iteration
         if iteration not in self._asked:  # the run's first, or the first after a checkpoint
@@ -115,7 +115,7 @@ class _Draw:
         self._future = self._begin()
 
     def result(self) -> "tuple[Rollout, Future[np.ndarray]]":
-        return survive(self._future, self._begin)
+        return survive(self._future, self._begin, "--sampler-timeout-s")
 
     def _begin(self) -> "Future[tuple[Rollout, Future[np.ndarray]]]":
         both: Future[tuple[Rollout, Future[np.ndarray]]] = Future()

@@ -63,8 +63,8 @@ class DetrJobConfig:
 def train(config: DetrJobConfig, run: "Run") -> None:
     """The `detr` job. Writes model/final, a folder that transformers loads, and eval/... figures to summary.json.
 
-    Data that ends the run (an image that cannot be read) ends it after a checkpoint. If that was in an evaluation, a
-    resumed run begins with it.
+    Data that ends the run (an image that cannot be read, or that ends its loaders) ends it after a checkpoint. If that
+    was in an evaluation, a resumed run begins with it.
     """
     source = make_source(config.data, run.seed, heldout=True)
     learner = make_learner(config, source, run)

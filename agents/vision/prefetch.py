@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from models.errors import UserError
+
 if TYPE_CHECKING:
     from launch.run import ActorGroup
 
@@ -16,17 +18,26 @@ ATTEMPTS = 5  # at one call, each on an actor that was started anew
 Result = TypeVar("Result")
 
 
-def survive(future: "Future[Result]", again: "Callable[[], Future[Result]]") -> Result:
-    """The result of a call; if its actor died, of the call made again.
+class KeptDying(UserError):
+    """Actors that died one after another over the same call: the model and the run are well."""
 
-    Raises ConnectionError after ATTEMPTS deaths over it.
+
+def survive(future: "Future[Result]", again: "Callable[[], Future[Result]]", limit: str) -> Result:
+    """The result of a call; if its actor died, of the call made again. limit: the flag that says how long it may take.
+
+    Raises KeptDying after ATTEMPTS deaths over it.
     """
-    for _ in range(ATTEMPTS - 1):
+    attempt = 1
+    while True:
         try:
             return future.result()
-        except ConnectionError:
-            future = again()
-    return future.result()
+        except ConnectionError as error:
+            if attempt == ATTEMPTS:
+                raise KeptDying(
+                    f"{ATTEMPTS} actors died one after another of the same call: {' '.join(str(error).split())[:300]}; "
+                    f"mend what it works on, or allow it longer with {limit}"
+                ) from error
+            attempt, future = attempt + 1, again()
 
 
 def in_order(
@@ -34,7 +45,7 @@ def in_order(
 ) -> Iterator[tuple[Any, float]]:
     """Yield `method(*arguments[i])` of each i in order, with the seconds that it was waited for.
 
-    A call whose actor died is made again. Raises ConnectionError after ATTEMPTS deaths over one call.
+    A call whose actor died is made again. Raises KeptDying after ATTEMPTS deaths over one call.
     """
     waiting: deque[tuple[int, tuple[Any, ...], Future[Any]]] = deque()
     remaining = enumerate(arguments)
@@ -53,7 +64,7 @@ def in_order(
     while waiting:
         number, call, future = waiting.popleft()
         begin = time.perf_counter()
-        result = survive(future, partial(ask, number, call))
+        result = survive(future, partial(ask, number, call), "--loader-timeout-s")
         waited = time.perf_counter() - begin
         ask_ahead()
         yield result, waited

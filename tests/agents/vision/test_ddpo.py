@@ -233,7 +233,7 @@ def test_a_run_whose_samplers_always_die_keeps_what_it_learned(
         return call(group, index, method, *args, **options)
 
     monkeypatch.setattr(LocalGroup, "call", dying)
-    with pytest.raises(ActorDied):
+    with pytest.raises(UserError, match=r"5 actors died .*: sampler-0 died; .* --sampler-timeout-s"):
         start(tmp_path, replace(tiny, eval_every=9, sampler_workers=1))
     assert CheckpointStore(RunDirectory(tmp_path / "run").checkpoints, 9).newest().step == 2
 

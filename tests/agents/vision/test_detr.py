@@ -16,7 +16,7 @@ from agents.vision.dense_scaffold import cell_labels
 from agents.vision.detection_score import evaluate_detector
 from agents.vision.detr import DetrJobConfig
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
-from agents.vision.prefetch import ATTEMPTS, in_order
+from agents.vision.prefetch import ATTEMPTS, KeptDying, in_order
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes
 from envs.vision.example import Batch, HeldoutBatch, TrueSegments, collate
@@ -26,6 +26,8 @@ from envs.vision.sources import BatchLoader, DataConfig, SceneSource, make_sourc
 from envs.vision.transforms import ResizeConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
+from launch.local_group import LocalGroup
+from launch.run import ActorDied
 from launch.run_directory import RunDirectory
 from launch.runtime import Runtime
 from models.detr.checkpoint import load_detr
@@ -218,6 +220,24 @@ def test_an_image_that_ends_the_run_ends_it_after_a_checkpoint(split: str, saved
     assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
 
 
+def test_loaders_that_keep_dying_end_the_run_after_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = LocalGroup.call
+
+    def dying(group: LocalGroup, index: int, method: str, *args: Any, **options: Any) -> Any:
+        if (method, args) != ("train_batch", (3,)):
+            return call(group, index, method, *args, **options)
+        lost: Future[None] = Future()
+        lost.set_exception(ActorDied("loader-1 died"))
+        return lost
+
+    monkeypatch.setattr(LocalGroup, "call", dying)
+    with pytest.raises(UserError, match="loader-1 died"):
+        train(replace(SHORT, eval_every=9), tmp_path, "run")
+    assert final_state(tmp_path, "run")["step"] == 3
+
+
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_a_resumed_run_begins_with_the_evaluation_that_failed(
     evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,7 +425,7 @@ def test_results_come_in_order_and_deaths_are_survived() -> None:
         return (r for r, _ in in_order(Dying(deaths), "f", ((n,) for n in range(9)), 1.0))  # type: ignore[arg-type]
 
     assert list(results(0)) == list(results(ATTEMPTS - 1)) == [n * 10 for n in range(9)]
-    with pytest.raises(ConnectionError):
+    with pytest.raises(KeptDying, match=r"5 actors died .*: died; .* --loader-timeout-s"):
         list(results(ATTEMPTS))
 
 
