@@ -188,12 +188,12 @@ class RunDirectory:
         self._link_latest(self.root.name)
 
     def discard(self) -> None:
-        """Remove the folder of a run that never began; runs/latest then names what it named before."""
+        """Remove the folder of a run that never began; runs/latest then names what it named before, if it is there."""
         if self._latest.is_symlink() and os.readlink(self._latest) == self.root.name:
-            if self._latest_before is None:
-                self._latest.unlink()
-            else:
+            if self._latest_before and (self.root.parent / self._latest_before).is_dir():
                 self._link_latest(self._latest_before)
+            else:  # another one that was discarded, say: of seeds that run at once
+                self._latest.unlink()
         shutil.rmtree(self.root)
 
     @property

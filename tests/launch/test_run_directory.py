@@ -141,3 +141,14 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> No
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "\udc80")
     assert path.read_text() == "old"
+
+
+def test_runs_that_were_discarded_leave_no_latest(tmp_path: Path) -> None:
+    """Two at once, in either order."""
+    for order in (1, -1):
+        both = [RunDirectory.create(tmp_path, name, {"job": "demo"}) for name in ("a", "b")]
+        for directory in both:
+            directory.point_latest()
+        for directory in both[::order]:
+            directory.discard()
+        assert not list(tmp_path.iterdir())
