@@ -45,7 +45,7 @@ class RunConsole:
     file gets just the lines."""
 
     def __init__(self, name: str, started_from: int = 0) -> None:
-        self._console = Console(file=cast(IO[str], _Stdout()), highlight=False)
+        self._console = Console(file=cast(IO[str], _Stdout()), highlight=False, emoji=False)
         self._name, self._started_from = name, started_from
         self._progress: Progress | None = None
         self._previous = time.monotonic()

@@ -29,8 +29,12 @@ def test_on_a_terminal_a_bar_stays_below_the_lines(
     assert re.search(r"myrun\s.*4/8", text)
 
 
-def test_a_table_shows_what_looks_like_markup_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    RunConsole("r").table("runs", ["run", "value"], [["[bold]x[/bold]", "1"]])
+def test_what_looks_like_markup_or_emoji_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console = RunConsole("r")
+    console.table("runs", ["run", "value"], [["[bold]x[/bold]", "[red]:100:"]])
+    console.print("mine.py:100: [bold]x")
     out = capsys.readouterr().out
     assert out.startswith("runs\n")
     assert "[bold]x[/bold]" in out
+    assert "[red]:100:" in out
+    assert out.endswith("mine.py:100: [bold]x\n")
