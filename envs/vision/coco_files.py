@@ -10,6 +10,8 @@ from pycocotools import mask as coco_mask
 
 from models.errors import UserError
 
+# What PIL raises: SyntaxError for a broken PNG, the last for one of more pixels than anybody means.
+UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError)
 # What reading a record raises if a key is missing, or a value is of another kind.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -41,7 +43,7 @@ def open_image(path: Path, size: tuple[int, int], said_by: str) -> np.ndarray:
     try:
         with Image.open(path) as file:
             image = np.asarray(file.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+    except UNREADABLE as error:
         raise UserError(f"{path}: not an image that can be read ({error}); replace it or remove its record") from None
     if image.shape[:2] != size:
         raise UserError(

@@ -302,6 +302,12 @@ def test_a_broken_image_ends_the_training_or_is_replaced_by_the_next(folder: Pat
         CocoFolder(skipping).readable(2)
 
 
+def test_an_image_of_more_pixels_than_pil_opens_is_a_broken_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"000000000000\.png: not an image that can be read \(Image size"):
+        CocoFolder(config(folder)).example(0)
+
+
 def test_collate_pads_and_keeps_boxes() -> None:
     rng = np.random.default_rng(0)
     small = Example(rng.integers(1, 255, (20, 30, 3), np.uint8), np.array([2, 1]),
