@@ -163,8 +163,8 @@ def _changed(config: LanguageConfig, variant: Variant) -> LanguageConfig:
         if isinstance(value, list):
             value = tuple(value)
         kind = type(getattr(config, name))
-        fits = isinstance(value, kind) or (kind is not int and isinstance(value, int | float))
-        if not fits:
+        accepted: Any = (kind, int, float) if kind in (float, type(None)) else kind
+        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
             raise UserError(f"inspect: {name} is {value!r}; it must be of type {kind.__name__}")
         config = dataclasses.replace(config, **{name: value})
     return config.validate()
