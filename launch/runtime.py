@@ -132,7 +132,7 @@ class Runtime:
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
         self._store.save(step, state, score, self._wall_s(), self._metrics.lines)
-        self._saved = step
+        self._saved, self._step = step, max(self._step, step)
         self.summarize({})
 
     def restore(self) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import pytest
 from agents import evaluation
 from agents.evaluation import Evaluation
 from launch import jobs
+from launch.run_directory import RunDirectory
 from models.errors import UserError
 from tests.agents.runs import assert_equal, final_state, metrics, runtime, train
 
@@ -44,6 +45,8 @@ def test_what_was_learnt_before_an_evaluation_that_fails_is_kept(
         train(job, config, tmp_path, "cut")
     saved = final_state(tmp_path, "cut")
     assert saved["env_steps"] >= 300 * (failing + 1)
+    summary = RunDirectory(tmp_path / "cut").read_summary()
+    assert summary["steps"] == summary["checkpoint"] == saved["env_steps"]
     train(job, config, tmp_path, "cut", resume=True)
     states = [final_state(tmp_path, name) for name in ("cut", "whole")]
     for state in states:
