@@ -171,7 +171,7 @@ def run(sweep: Sweep) -> int:
         before = [signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in numbers]
         try:
             if begun := _begun(sweep)[: _missing(sweep)]:
-                errors += _search(sweep, BasicVariantGenerator(points_to_evaluate=begun), len(begun))
+                errors += _search(sweep, _these(sweep, begun), len(begun))
             # Those that were begun are no longer unfinished, unless somebody interrupted them.
             if not errors and not _begun(sweep) and (more := _missing(sweep)):
                 errors += _search(sweep, _searcher(sweep, more), more)
@@ -204,13 +204,18 @@ def _search(sweep: Sweep, searcher: Any, trials: int) -> list[str]:
     return [str(error).strip().splitlines()[-1] for error in results.errors]
 
 
+def _these(sweep: Sweep, settings: list[Settings]) -> BasicVariantGenerator:
+    """A search that tries these. Tune's `max_concurrent_trials` is not for it, which would begin them all at once."""
+    return BasicVariantGenerator(points_to_evaluate=settings, max_concurrent=sweep.options.trials_at_once)
+
+
 def _searcher(sweep: Sweep, trials: int) -> Any:
     finished = _finished(sweep)
     seed = derive_seed(sweep.seed, "sweep", len(finished)) % 2**32  # what was drawn before a restart is not drawn again
     recipes = set((sweep.folder / "trials").glob("*.yaml"))
     untried = Untried(sweep.space, seed, partial(sweep.trial_file, ending=".yaml"), recipes)
     if sweep.options.search == "random":
-        return BasicVariantGenerator(points_to_evaluate=[untried.draw() for _ in range(trials)])
+        return _these(sweep, [untried.draw() for _ in range(trials)])
     try:
         from launch.sweep_optuna import UntriedOptuna
     except ImportError:

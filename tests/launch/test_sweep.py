@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_a_sweep_ends_when_everything_was_tried(tmp_path: Path) -> None:
     assert "the space has 2 different settings: 2 trials, not 5" in said
     assert said.count(": eval/return_mean ") == 2  # none of them twice
     assert len(json.loads((tmp_path / "s" / "trials.json").read_text())) == 2
+
+
+def test_no_more_trials_at_once_than_asked_for(tmp_path: Path) -> None:
+    """Neither of those drawn at random, nor of those that an interrupted sweep had begun."""
+    arguments = [*command(tmp_path, "Counting-v0", 2), "--search", "random", "--trials-at-once", "1"]
+    for _ in range(2):
+        code, said = longstride(arguments)
+        assert code == 0, said
+        spans = []
+        for path in (tmp_path / "s" / "trials").glob("*.json"):
+            files = path.with_suffix(".yaml"), path.with_suffix("") / "summary.json"  # its first and its last
+            spans.append([file.stat().st_mtime for file in files])
+            path.unlink()  # as if the sweep had been interrupted
+            shutil.rmtree(path.with_suffix(""))
+        (_, first_ends), (second_begins, _) = sorted(spans)
+        assert first_ends <= second_begins
 
 
 def test_no_settings_are_drawn_twice() -> None:
