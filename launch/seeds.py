@@ -24,7 +24,7 @@ from agents.statistics import bootstrap_interval, interquartile_mean
 from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
 from launch.execution import interruptible
-from launch.exit_codes import INTERRUPTED
+from launch.exit_codes import INTERRUPTED, USER_ERROR
 from launch.run_directory import RunDirectory, folder_to_fill
 from models.errors import UserError
 
@@ -55,7 +55,7 @@ def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, a
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on from here")
         return INTERRUPTED
-    if not any(folder.glob("seed-*/config.yaml")):
+    if set(codes) == {USER_ERROR} and not any(folder.glob("seed-*/config.yaml")):
         _discard(folder)
     summaries = {seed: RunDirectory(folder / f"seed-{seed}").read_summary() for seed in seeds}
     finished = {seed: s["metrics"] for seed, s in summaries.items() if s.get("status") == "finished"}

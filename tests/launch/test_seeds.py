@@ -71,6 +71,14 @@ def test_seeds_that_are_all_refused_leave_nothing(tmp_path: Path, capsys: pytest
     assert not list(tmp_path.iterdir())
 
 
+def test_what_seeds_said_that_ended_before_they_were_runs_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seeds, "_command", lambda *_: ["sh", "-c", "echo Traceback; exit 1"])
+    assert main(command(tmp_path)) == 1
+    assert (tmp_path / "many" / "seed-0.log").read_text() == "Traceback\n"
+
+
 def test_a_seed_that_is_killed_is_no_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
