@@ -153,7 +153,7 @@ def start_loaders(config: DiffusionConfig, run: "Run") -> "ActorGroup":
 
 def load_images(config: DiffusionConfig, loaders: "ActorGroup", heldout: bool) -> Captioned:
     """All images, on the CPU, and their captions."""
-    total = loaders.call(0, "count", heldout, timeout_s=config.loader_timeout_s).result()
+    total, _ = next(in_order(loaders, "count", [(heldout,)], config.loader_timeout_s))
     spans = [(heldout, at, min(_LOADED_AT_ONCE, total - at)) for at in range(0, total, _LOADED_AT_ONCE)]
     images = torch.empty(total, config.data.size, config.data.size, 3, dtype=torch.uint8)
     captions: list[str] = []

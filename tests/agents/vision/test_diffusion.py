@@ -1,15 +1,17 @@
 """The diffusion job on tiny networks: it learns, resumes bit for bit, and leaves a folder behind."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from agents.vision.diffusion import DiffusionConfig, evaluate, train
+from agents.vision.diffusion import DiffusionConfig, evaluate, load_images, start_loaders, train
 from agents.vision.diffusion_config import LearningConfig, NetworkConfig
 from envs.vision.captioned import CaptionedConfig, make_captioned
 from envs.vision.coco import CocoConfig
@@ -17,6 +19,8 @@ from envs.vision.coco_format import write_scenes
 from envs.vision.scenes import SceneConfig
 from launch.checkpoint import CheckpointStore
 from launch.config import RunConfig
+from launch.local_group import LocalGroup
+from launch.run import ActorDied
 from launch.run_directory import RunDirectory
 from launch.runtime import EvaluationRuntime, Runtime
 from models.diffusion.folder import load_folder
@@ -149,6 +153,30 @@ def test_a_coco_folder_in_place_of_scenes(tmp_path: Path) -> None:
 def test_settings_that_cannot_be(change, named: str) -> None:
     with pytest.raises(UserError, match=named):
         change()
+
+
+def test_a_loader_that_dies_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over each of its calls once, that for the number of images too; and one that always dies is one line."""
+    call, lost = LocalGroup.call, set()
+
+    def dying(group: LocalGroup, index: int, *call_of: Any, **options: Any) -> Any:
+        if always or call_of not in lost:
+            lost.add(call_of)
+            future: Future[None] = Future()
+            future.set_exception(ActorDied("loader-0 died"))
+            return future
+        return call(group, index, *call_of, **options)
+
+    monkeypatch.setattr(LocalGroup, "call", dying)
+    always = False
+    run = Runtime("diffusion", RunConfig(backend="local"), RunDirectory.create(tmp_path, "run", {"job": "diffusion"}))
+    images = load_images(TINY, start_loaders(TINY, run), heldout=True)
+    assert len(images.captions) == 8
+    assert {method for method, *_ in lost} == {"count", "load"}
+    always = True
+    with pytest.raises(UserError, match="loader-0 died"):
+        load_images(TINY, start_loaders(TINY, run), heldout=True)
+    run.close()
 
 
 def test_a_diverging_loss_ends_the_run(tmp_path: Path) -> None:
