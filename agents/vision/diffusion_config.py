@@ -35,6 +35,13 @@ class NetworkConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--network.{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
         self.unet(1).check("--network")
+        # Nothing else looks at these two before the autoencoder is trained.
+        if self.text_width % self.heads:
+            raise UserError(
+                f"--network.text-width is {self.text_width}: give a multiple of --network.heads {self.heads}"
+            )
+        if self.prompt_length < 2:
+            raise UserError(f"--network.prompt-length is {self.prompt_length}: start and end are 2 tokens already")
 
     def autoencoder(self) -> AutoencoderConfig:
         return AutoencoderConfig(

@@ -145,6 +145,8 @@ def test_a_coco_folder_in_place_of_scenes(tmp_path: Path) -> None:
         (lambda: replace(TINY, data=replace(TINY.data, scenes=SceneConfig(size=34))), "multiple of 4"),
         (lambda: NetworkConfig(unet_widths=(20,)), "unet-widths"),
         (lambda: NetworkConfig(heads=5), "5 heads"),
+        (lambda: NetworkConfig(heads=16, text_width=40), "text-width is 40: give a multiple of --network.heads 16"),
+        (lambda: NetworkConfig(prompt_length=1), "prompt-length is 1: start and end"),
         (lambda: LearningConfig(caption_dropout=1.0), "caption-dropout"),
         (lambda: LearningConfig(steps=0), "learning.steps"),
         (lambda: CaptionedConfig(images=0), "data.images"),
