@@ -44,6 +44,13 @@ class NetworkConfig:
     masks: bool = False
     """Train a mask head too, for panoptic segmentation; a fresh one if --model has none."""
 
+    def __post_init__(self) -> None:
+        for name in ("queries", "d_model", "heads", "decoder_layers", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--network.{name.replace('_', '-')} is {getattr(self, name)}: must be positive")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--network.dropout is {self.dropout}: must be at least 0 and below 1")
+
     def shape(self, names: tuple[str, ...]) -> DetrConfig:
         return DetrConfig(
             num_labels=len(names),

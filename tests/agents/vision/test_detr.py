@@ -505,6 +505,10 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
         replace(SHORT, **change)
     with pytest.raises(UserError, match=r"--optimizer\.ema-decay is 1"):
         OptimizerConfig(ema_decay=1)
+    for settings in ({"queries": 0}, {"heads": 0}, {"d_model": -4}, {"dropout": 2.0}):
+        name, value = next(iter(settings.items()))
+        with pytest.raises(UserError, match=rf"--network\.{name.replace('_', '-')} is {value}: must be"):
+            NetworkConfig(**settings)  # type: ignore[arg-type]
 
 
 def test_cells_are_named_after_the_smallest_box_over_them() -> None:
