@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from models.errors import UserError
+from models.errors import ActorsFailed
 
 if TYPE_CHECKING:
     from launch.run import ActorGroup
@@ -18,7 +18,7 @@ ATTEMPTS = 5  # at one call, each on an actor that was started anew
 Result = TypeVar("Result")
 
 
-class KeptDying(UserError):
+class KeptDying(ActorsFailed):
     """Actors that died one after another over the same call: the model and the run are well."""
 
 
