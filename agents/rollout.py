@@ -90,7 +90,7 @@ class RolloutConfig:
     num_envs: int
     policy: Callable[[np.ndarray], NumpyPolicy]
     seed: int
-    gamma: float  # of `return_moments`
+    gamma: float  # of `return_moments`, and of transitions for the replay buffer
     step_timeout_s: float
     noise: OrnsteinUhlenbeck | None = None
     n_step: int = 1

@@ -149,7 +149,7 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
     head |= {"recipe": recipe(config)}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
-    if sides["ours"] and sides["peer"] and not config.peer_device:
+    if sides["ours"] and sides["peer"] and not config.peer_device and not config.peer_recorded:
         ratio["steps_per_s"] = round(sides["ours"]["median_steps_per_s"] / sides["peer"]["median_steps_per_s"], 2)
         slow, fast = (sides[side]["median_seconds_to_threshold"] for side in ("ours", "peer"))
         ratio["seconds_to_threshold"] = round(slow / fast, 2) if slow and fast else None

@@ -1,11 +1,11 @@
 """Stable-Baselines3's DDPG with its own train() recorded as a CUDA graph: the same kernels, launched at once.
 
-Its gradient step launches some two hundred small kernels from Python, which takes 6 ms where the GPU needs well under
-one; twenty runs of 300,000 steps then take a day of a GPU. What is recorded is the library's train() as it stands, on a
-batch that lies still; sampling, exploring, the environment and the evaluation stay the library's as well. Scores are
-the library's, therefore, and speeds are not. Two things must give way: reading a loss (`item`), of which only the
-logger makes use and for which a graph cannot wait, and Adam, which has to count its steps on the GPU.
-tests/benchmarks/test_sb3_recorded.py holds the weights against those of the unrecorded train(), bit for bit.
+Its gradient step launches many small kernels from Python, one after another; 300,000 of them took half an hour on a
+GPU. What is recorded is the library's train() as it stands, on a batch that lies still; sampling, exploring, the
+environment and the evaluation stay the library's as well. Scores are the library's, therefore, and speeds are not. Two
+things must give way: reading a loss (`item`), of which only the logger makes use and for which a graph cannot wait, and
+Adam, which is the fused one here and has to count its steps on the GPU. tests/benchmarks/test_sb3_recorded.py holds the
+weights against those of the unrecorded train() with the same Adam, bit for bit.
 """
 
 from typing import Any
