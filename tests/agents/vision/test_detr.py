@@ -1,27 +1,23 @@
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import DetrForSegmentation
 
 from agents.vision import detr
-from agents.vision.dense_scaffold import cell_labels
 from agents.vision.detection_score import evaluate_detector
 from agents.vision.detr import DetrJobConfig
 from agents.vision.detr_learner import DetrLearner, NetworkConfig, OptimizerConfig
-from agents.vision.prefetch import ATTEMPTS, KeptDying, in_order
 from envs.vision.coco import CocoConfig
 from envs.vision.coco_format import write_scenes
 from envs.vision.example import Batch, HeldoutBatch, TrueSegments, collate
 from envs.vision.scene_spec import KINDS
-from envs.vision.scenes import SceneConfig, make_scene
+from envs.vision.scenes import SceneConfig
 from envs.vision.sources import BatchLoader, DataConfig, SceneSource, make_source
 from envs.vision.transforms import ResizeConfig
 from launch.checkpoint import CheckpointStore
@@ -33,7 +29,6 @@ from launch.runtime import Runtime
 from models.detr.checkpoint import load_detr
 from models.detr.detr import Detr, DetrOutput
 from models.detr.loss import SetLossConfig
-from models.detr.targets import Targets
 from models.errors import UserError
 from tests.agents.runs import failing_at
 
@@ -185,6 +180,19 @@ def skipping(config: DetrJobConfig) -> DetrJobConfig:
     return replace(config, data=replace(config.data, coco=replace(config.data.coco, on_bad="skip")))
 
 
+class Oracle(Detr):
+    """Answers with the truth, whatever it is shown."""
+
+    def __init__(self, answer: DetrOutput) -> None:
+        torch.nn.Module.__init__(self)
+        self.answer = answer
+
+    def forward(
+        self, images_BCHW: torch.Tensor, valid_BHW: torch.Tensor | None = None, masks: bool = True
+    ) -> DetrOutput:
+        return self.answer
+
+
 def test_heldout_images_that_cannot_be_read_are_left_out_of_batches_and_truth(tmp_path: Path) -> None:
     config = skipping(coco_folder(tmp_path))
     for number in (0, 1, 3):  # the first batch of two is none at all
@@ -331,104 +339,6 @@ def test_the_average_follows_the_weights() -> None:
     assert not pupil.averaged.training
 
 
-class Oracle(Detr):
-    """Answers with the truth, whatever it is shown."""
-
-    def __init__(self, answer: DetrOutput) -> None:
-        torch.nn.Module.__init__(self)
-        self.answer = answer
-
-    def forward(
-        self, images_BCHW: torch.Tensor, valid_BHW: torch.Tensor | None = None, masks: bool = True
-    ) -> DetrOutput:
-        return self.answer
-
-
-def test_perfect_answers_score_one() -> None:
-    source = SceneSource(SCENES, 0, "heldout")
-    batch = batches(source, 0, 6)
-    targets = batch.to_device("cpu").targets
-    assert targets.masks_BTHW is not None
-    logits = torch.nn.functional.one_hot(targets.labels_BT.where(targets.valid_BT, 21), 22).float() * 20
-    answer = DetrOutput(logits[None], targets.boxes_BT4[None], targets.masks_BTHW.float() * 40 - 20)
-    figures = evaluate_detector(Oracle(answer), heldout(batch), source, 6, "cpu")
-    assert figures["eval/AP"] == figures["eval/AP50"] == pytest.approx(1)
-    assert figures["eval/PQ"] == pytest.approx(1)
-    shifted = targets.boxes_BT4 + torch.tensor([0.0, 0.0, 0.03, 0.03])
-    worse = evaluate_detector(Oracle(DetrOutput(logits[None], shifted[None], None)), heldout(batch), source, 6, "cpu")
-    assert 0.1 < worse["eval/AP"] < 0.95
-
-
-def test_panoptic_quality_knows_crowds_and_the_images_own_size(tmp_path: Path) -> None:
-    """An object is made a crowd: to find a part of it is no mistake, unless as another class."""
-    write_scenes(tmp_path, replace(SCENES, size=96, min_objects=2), seed=0, count=1, split="heldout")
-    file = tmp_path / "annotations" / "panoptic_heldout.json"
-    content = json.loads(file.read_text())
-    crowd, *others = content["annotations"][0]["segments_info"][1:]
-    crowd["iscrowd"] = 1
-    file.write_text(json.dumps(content))
-    coco = CocoConfig(tmp_path, "heldout", panoptic=True)
-    data = DataConfig(coco=coco, heldout_split="heldout", resize=ResizeConfig((64,), 64))
-    [batch] = [BatchLoader(data, 0, 1, masks=True).heldout_batch(0, 1)]
-    [truth] = batch.segments
-    scene = make_scene(replace(SCENES, size=96, min_objects=2), 0, 0, "heldout")
-    assert truth.ids.shape == (96, 96)
-    assert truth.crowds == {len(truth.labels)}
-    assert np.array_equal(truth.ids == len(truth.labels), scene.ids == 1)
-    assert batch.batch is not None
-    assert batch.batch.ids_BHW is not None
-    assert batch.batch.ids_BHW.shape[1:] == (64, 64)
-    masks = torch.stack([torch.from_numpy(truth.ids == number) for number in truth.labels])
-    source = make_source(data, 0, heldout=True)
-
-    part = masks[-1].clone()
-    part[:, masks[-1].any(0).nonzero()[3] :] = False  # three columns of it
-    masks[-1] = part
-
-    def quality(label_of_crowd: int) -> float:
-        labels = torch.tensor([*list(truth.labels.values())[:-1], label_of_crowd])
-        logits = torch.nn.functional.one_hot(labels, 22).float() * 20
-        boxes = torch.full((1, 1, len(labels), 4), 0.5)
-        oracle = Oracle(DetrOutput(logits[None, None], boxes, masks[None].float() * 40 - 20))
-        return evaluate_detector(oracle, [batch], source, 1, "cpu")["eval/RQ"]
-
-    label = crowd["category_id"] - 1
-    another = next(n for n in range(16) if n != label and n + 1 not in [s["category_id"] for s in others])
-    assert quality(label) == pytest.approx(1)
-    assert quality(another) < 0.9
-
-
-class Dying:
-    """An actor group whose calls die a number of times before each answer."""
-
-    restarts = 0
-
-    def __init__(self, deaths: int) -> None:
-        self.deaths, self.asked = deaths, [0] * 100
-
-    def __len__(self) -> int:
-        return 2
-
-    def call(self, index: int, method: str, number: int, timeout_s: float | None = None) -> Future[int]:
-        assert index == number % 2
-        self.asked[number] += 1
-        future: Future[int] = Future()
-        if self.asked[number] <= self.deaths:
-            future.set_exception(ConnectionError("died"))
-        else:
-            future.set_result(number * 10)
-        return future
-
-
-def test_results_come_in_order_and_deaths_are_survived() -> None:
-    def results(deaths: int) -> Iterator[int]:
-        return (r for r, _ in in_order(Dying(deaths), "f", ((n,) for n in range(9)), 1.0))  # type: ignore[arg-type]
-
-    assert list(results(0)) == list(results(ATTEMPTS - 1)) == [n * 10 for n in range(9)]
-    with pytest.raises(KeptDying, match=r"5 actors died .*: died; .* --loader-timeout-s"):
-        list(results(ATTEMPTS))
-
-
 def torchvision_resnet50(inner: int = 8) -> dict[str, torch.Tensor]:
     """A state dict under the names of torchvision's resnet50, written from its definition, `inner` for its 64 channels.
     torchvision's norms hold what they learned, here noise."""
@@ -509,24 +419,3 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
         name, value = next(iter(settings.items()))
         with pytest.raises(UserError, match=rf"--network\.{name.replace('_', '-')} is {value}: must be"):
             NetworkConfig(**settings)  # type: ignore[arg-type]
-
-
-def test_cells_are_named_after_the_smallest_box_over_them() -> None:
-    boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5], [0.3, 0.3, 0.2, 0.2]]])
-    valid = torch.tensor([[True, True, False]])
-    found = cell_labels(Targets(torch.tensor([[7, 3, 5]]), boxes, valid), None, 4, 4, 9)
-    assert found.tolist() == [[[3, 3, 7, 7], [3, 3, 7, 7], [7, 7, 7, 7], [7, 7, 7, 7]]]
-    without = Targets(torch.tensor([[7, 3, 5]]), boxes, torch.tensor([[False, True, False]]))
-    assert cell_labels(without, None, 4, 4, 9)[0, 3].tolist() == [9, 9, 9, 9]
-    pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
-    pixels[:, :, :4] = True  # the right half is padding
-    padded = cell_labels(without, pixels, 4, 4, 9)
-    assert padded[0, 0].tolist() == padded[0, 1].tolist() == [3, 9, 9, 9]
-
-
-def test_the_scaffold_teaches_the_backbone_and_is_no_part_of_the_detector() -> None:
-    pupil = learner(dense_weight=1.0)
-    batch = batches(SceneSource(SCENES, 0, "train"), 0, 4)
-    losses = [pupil.update(batch, want_metrics=True)["train/dense"] for _ in range(25)]
-    assert losses[-1] < 0.7 * losses[0]
-    assert not any(name == "head.weight" for name in pupil.net.state_dict())
