@@ -13,8 +13,8 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import ray
 import ray._private.ray_constants
+import ray._private.utils
 import ray._private.worker
 
 from models.errors import UserError
@@ -59,16 +60,35 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = _session_folder()
         _sweep(folder.parent)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=max(512 << 20, psutil.virtual_memory().total // 10),
-            _temp_dir=str(folder),
-            **quiet,
-        )
+        with _in_own_group():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=max(512 << 20, psutil.virtual_memory().total // 10),
+                _temp_dir=str(folder),
+                **quiet,
+            )
         _drop_helpers()
     for number, handler in handlers.items():
         signal.signal(number, handler)  # ray.init puts its own there
+
+
+@contextmanager
+def _in_own_group() -> Iterator[None]:
+    """Within, Ray's servers start in a process group of their own. What `timeout`, or a batch system, sends to the
+    driver's group leaves them alone then, and a driver that ends in order still has them; without them Ray's own
+    shutdown waits for seconds."""
+    tie = ray._private.utils.set_kill_on_parent_death_linux  # called in the child before its exec
+
+    def leave_group_and_tie() -> None:
+        os.setpgrp()
+        tie()
+
+    ray._private.utils.set_kill_on_parent_death_linux = leave_group_and_tie
+    try:
+        yield
+    finally:
+        ray._private.utils.set_kill_on_parent_death_linux = tie
 
 
 def _join(address: str, quiet: Mapping[str, Any]) -> None:

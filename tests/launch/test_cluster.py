@@ -1,4 +1,7 @@
 import socket
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -24,3 +27,20 @@ def test_session_folders_leave_room_for_the_names_of_sockets(monkeypatch: pytest
     monkeypatch.setattr("tempfile.tempdir", "/a/rather/long/path/to/temporary/files/of/someone")
     socket_name = cluster._session_folder() / "session_2026-01-01_00-00-00_000000_1234567" / "sockets" / "plasma_store"
     assert len(str(socket_name)) <= 107
+
+
+def test_a_signal_to_the_process_group_leaves_the_cluster_alone() -> None:
+    driver = """
+        import os, signal, time, ray
+        from launch import cluster
+
+        cluster.start()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.killpg(0, signal.SIGTERM)  # as `timeout` does
+        time.sleep(0.5)
+        print("answer:", ray.get(ray.remote(lambda: 1).remote(), timeout=30))
+        cluster.stop()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(driver)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert "answer: 1" in ended.stdout, ended.stderr
