@@ -33,7 +33,8 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.record import describe_machine, write_result
-from benchmarks.training_run import quietly, side_by_side
+from benchmarks.sb3_peer import long_evaluation
+from benchmarks.training_run import last_evaluation, quietly, side_by_side
 from launch.config import read_recipe
 
 THRESHOLDS = {
@@ -69,6 +70,8 @@ class Config:
     peer_threads: int = 1
     peer_recorded: bool = False
     """DDPG's peer with its gradient step as a CUDA graph (benchmarks/sb3_recorded.py): for scores, not for speeds."""
+    long_evaluation: int = 0
+    """So many episodes more after the last step, whose mean return is kept beside that of the 20."""
     sides: tuple[Literal["ours", "peer"], ...] = ("ours", "peer")
     go_on: bool = False
     """Keep the runs of the newest entry of this algo, env and steps, and add the missing ones."""
@@ -111,6 +114,11 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
     for row in rows:
         seconds += (row["step"] - before) / row["time/env_steps_per_s"]
         before = row["step"]
+    longer = {}
+    if config.long_evaluation:
+        command = [sys.executable, "-m", "launch", "evaluate", str(runs_dir / name)]
+        quietly([*command, "--eval-episodes", str(config.long_evaluation)], {"OMP_NUM_THREADS": "1"})
+        longer = long_evaluation(config.long_evaluation, last_evaluation(runs_dir / name)["eval/return_mean"])
     return {
         "seed": seed,
         "steps": rows[-1]["step"],
@@ -118,6 +126,7 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
         "steps_per_s": round(rows[-1]["step"] / seconds, 1),
         "steps_to_threshold": reached["step"] if reached else None,
         "seconds_to_threshold": round(reached["time"] - began, 2) if reached else None,
+        **longer,
     }
 
 
@@ -127,6 +136,7 @@ def peer(config: Config, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.sb3_peer", "--threshold", str(THRESHOLDS[config.env])]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     command += ["--recorded"] * config.peer_recorded
+    command += ["--long-evaluation", str(config.long_evaluation)] * bool(config.long_evaluation)
     lines = quietly(command, {"OMP_NUM_THREADS": str(config.peer_threads)}).splitlines()
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
 

@@ -97,6 +97,13 @@ class Config:
     threads: int = 1
     recorded: bool = False
     """DDPG on a GPU, its gradient step as a CUDA graph: where scores would take days (benchmarks/sb3_recorded.py)."""
+    long_evaluation: int = 0
+    """So many deterministic episodes more."""
+
+
+def long_evaluation(episodes: int, return_mean: float) -> dict[str, Any]:
+    """As control_peer.py writes it for both sides."""
+    return {"long_evaluation": {"episodes": episodes, "return_mean": round(return_mean, 3)}}
 
 
 def main(config: Config) -> None:
@@ -144,6 +151,10 @@ def main(config: Config) -> None:
     if isinstance(env, VecNormalize):
         env.training, env.norm_reward = False, False
     score, _ = evaluate_policy(model, env, n_eval_episodes=20, deterministic=True)
+    longer = {}
+    if config.long_evaluation:
+        returns, _ = evaluate_policy(model, env, n_eval_episodes=config.long_evaluation, deterministic=True)
+        longer = long_evaluation(config.long_evaluation, float(np.mean(returns)))
     print(
         json.dumps(
             {
@@ -156,6 +167,7 @@ def main(config: Config) -> None:
                 "steps_per_s": round(model.num_timesteps / seconds, 1),
                 "steps_to_threshold": watch.reached_steps,
                 "seconds_to_threshold": round(watch.reached, 2) if watch.reached is not None else None,
+                **longer,
             }
         ),
         flush=True,
