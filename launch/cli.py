@@ -25,7 +25,16 @@ from typing import Any
 import yaml
 
 from launch import jobs
-from launch.config import RunConfig, TrainOptions, apply_entries, as_entries, combine, parse, read_recipe
+from launch.config import (
+    RunConfig,
+    TrainOptions,
+    apply_entries,
+    as_entries,
+    combine,
+    default_entries,
+    parse,
+    read_recipe,
+)
 from launch.console import RunConsole
 from launch.exit_codes import INTERRUPTED, USER_ERROR
 from launch.run_directory import RunDirectory, folder_to_fill
@@ -91,7 +100,8 @@ def train(arguments: Sequence[str]) -> int:
         from launch.seeds import train_seeds
 
         seeds = range(config.run.seed, config.run.seed + config.options.seeds)
-        return train_seeds(name, entries, entries["name"], seeds, config.options.seeds_at_once)
+        defaults = default_entries(job.config_class())
+        return train_seeds(name, entries, defaults, entries["name"], seeds, config.options.seeds_at_once)
     import launch.execution  # noqa: F401  (so that no run directory waits for its imports)
 
     directory = RunDirectory.create(config.run.runs_dir, entries["name"], entries)
@@ -118,7 +128,8 @@ def sweep(arguments: Sequence[str]) -> int:
         from launch.sweep import Sweep, run
     except ImportError as error:
         raise UserError(f"a sweep needs Ray Tune ({error}): pip install 'longstride[sweep]'") from None
-    return run(Sweep(name, folder.resolve(), shared, space, config.options, config.run.seed))
+    defaults = default_entries(job.config_class())
+    return run(Sweep(name, folder.resolve(), shared, defaults, space, config.options, config.run.seed))
 
 
 def resume(arguments: Sequence[str]) -> int:

@@ -178,18 +178,19 @@ def apply_entries(combined: type, entries: Mapping[str, Any], source: str) -> An
         key: hint for field in dataclasses.fields(combined) for key, hint in field_types(_part_type(field)).items()
     }
     flags: list[str] = []
-    for key, value in _leaves(entries):
+    for key, value in leaves(entries):
         if key not in types_of:
             raise UserError(f"{source}: unknown key {key}: did you mean {nearest(key, types_of)}?")
         flags += _as_flags(key, value, types_of[key], source)
     return parse(combined, flags, source=source, prog="longstride")
 
 
-def _leaves(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of nested entries with their full names: `optimizer.lr`."""
     for name, value in entries.items():
         key = f"{prefix}{name}".replace("-", "_")
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield key, value
 
@@ -205,6 +206,11 @@ def _as_flags(key: str, value: Any, hint: Any, source: str) -> list[str]:
     if isinstance(value, list):
         return [_flag(key), *map(str, value)]
     return [f"{_flag(key)}={value}"]
+
+
+def default_entries(job_config: type) -> dict[str, Any]:
+    """What a run of a job has if nothing is set."""
+    return as_entries(combine("Defaults", run=RunConfig, job=job_config)())
 
 
 def as_entries(config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from launch.disk import refusals_explained, write_atomically
 from launch.execution import interruptible
 from launch.exit_codes import INTERRUPTED, USER_ERROR
 from launch.run_directory import RunDirectory, folder_to_fill
-from models.errors import UserError
+from launch.settings_change import refuse_changes
 
 SUMMARIZED = ("eval/", "heldout/")  # metrics that say how good a run's policy is
 NOT_AGGREGATED = ("_std", "_low", "_high")  # spread within a run
@@ -34,20 +34,22 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def train_seeds(job: str, entries: Mapping[str, Any], name: str, seeds: range, at_once: int) -> int:
+def train_seeds(
+    job: str, entries: Mapping[str, Any], defaults: Mapping[str, Any], name: str, seeds: range, at_once: int
+) -> int:
     """Train every seed, print and write the aggregate; return the exit code.
 
     entries: the job's configuration, as `config.yaml` of a run holds it. Raises UserError if `name` was trained with
     another one, or is something else.
     """
     own = {"job", "name", "runs_dir", "seed"}
-    recipe = yaml.safe_dump({"job": job} | {k: v for k, v in entries.items() if k not in own}, sort_keys=False)
+    recipe = {"job": job} | {k: v for k, v in entries.items() if k not in own}
     folder = folder_to_fill(Path(entries["runs_dir"]), name, "recipe.yaml")
     with refusals_explained(folder, "create the folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "recipe.yaml").exists() and (folder / "recipe.yaml").read_text() != recipe:
-            raise UserError(f"{folder} holds runs with other settings: choose another --name")
-        write_atomically(folder / "recipe.yaml", recipe)
+        if (folder / "recipe.yaml").exists():
+            refuse_changes(folder / "recipe.yaml", recipe, defaults, "runs")
+        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     console = RunConsole(name)
     try:
         with interruptible():

@@ -35,6 +35,7 @@ from launch.console import RunConsole
 from launch.disk import refusals_explained, write_atomically
 from launch.exit_codes import INTERRUPTED
 from launch.run_directory import RunDirectory
+from launch.settings_change import refuse_changes
 from launch.sweep_search import Settings, Untried, as_drawn, as_set, domain
 from launch.sweep_space import Dimension, SweepOptions, with_values
 from models.errors import UserError
@@ -47,11 +48,13 @@ STOP_S = 20.0  # for a run to save and end
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What all trials share. folder: absolute. entries: the job's settings as a recipe, of which some vary."""
+    """What all trials share. folder: absolute. entries: the job's settings as a recipe, of which some vary; defaults:
+    what they are if nothing is set."""
 
     job: str
     folder: Path
     entries: Mapping[str, Any]
+    defaults: Mapping[str, Any]
     space: Mapping[str, Dimension]
     options: SweepOptions
     seed: int
@@ -152,8 +155,9 @@ def run(sweep: Sweep) -> int:
     content = yaml.safe_dump(described, sort_keys=False)
     with refusals_explained(folder, "create the folder"):
         (folder / "trials").mkdir(parents=True, exist_ok=True)
-        if (folder / "sweep.yaml").exists() and (folder / "sweep.yaml").read_text() != content:
-            raise UserError(f"{folder} holds a sweep with other settings: choose another --name")
+        if (folder / "sweep.yaml").exists():
+            defaults = {"entries": dict(sweep.defaults), **dataclasses.asdict(SweepOptions())}
+            refuse_changes(folder / "sweep.yaml", yaml.safe_load(content), defaults, "a sweep")
         write_atomically(folder / "sweep.yaml", content)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told below, in a line

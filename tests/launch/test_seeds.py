@@ -52,7 +52,22 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path, capsys: 
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "recipe.yaml").write_text("job: a2c\nsteps: 5\n")
     assert main(command(tmp_path)) == 2
-    assert "holds runs with other settings" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'many'} holds runs with other settings (" in said
+    assert "steps was 5, not 600" in said
+
+
+def test_a_setting_that_a_later_version_added_does_not_keep_seeds_from_going_on(tmp_path: Path) -> None:
+    assert main(command(tmp_path)) == 0
+    recipe, lines = tmp_path / "many" / "recipe.yaml", []
+    for line in recipe.read_text().splitlines():
+        if not line.startswith("max_grad_norm: "):
+            lines.append(line)
+    older = "\n".join(lines) + "\n"
+    assert older != recipe.read_text()
+    recipe.write_text(older)
+    assert main(command(tmp_path)) == 0
+    assert "max_grad_norm: " in recipe.read_text()
     assert main(["train", "a2c", "--seeds", "0"]) == 2
 
 

@@ -63,7 +63,7 @@ def test_a_sweep_and_its_continuation(tmp_path: Path) -> None:
 
     code, said = longstride([*command(tmp_path, "Counting-v0", 3), "--mode", "min"])
     assert code == 2
-    assert "holds a sweep with other settings" in said
+    assert "holds a sweep with other settings (mode was max, not min)" in said
 
 
 def test_trials_that_fail_are_told(tmp_path: Path) -> None:
