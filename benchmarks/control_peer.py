@@ -33,7 +33,6 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks.record import describe_machine, write_result
-from benchmarks.sb3_peer import long_evaluation
 from benchmarks.training_run import last_evaluation, quietly, side_by_side
 from launch.config import read_recipe
 
@@ -118,7 +117,8 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
     if config.long_evaluation:
         command = [sys.executable, "-m", "launch", "evaluate", str(runs_dir / name)]
         quietly([*command, "--eval-episodes", str(config.long_evaluation)], {"OMP_NUM_THREADS": "1"})
-        longer = long_evaluation(config.long_evaluation, last_evaluation(runs_dir / name)["eval/return_mean"])
+        mean = round(last_evaluation(runs_dir / name)["eval/return_mean"], 3)
+        longer = {"long_evaluation": {"episodes": config.long_evaluation, "return_mean": mean}}
     return {
         "seed": seed,
         "steps": rows[-1]["step"],

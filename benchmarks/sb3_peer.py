@@ -101,11 +101,6 @@ class Config:
     """So many deterministic episodes more."""
 
 
-def long_evaluation(episodes: int, return_mean: float) -> dict[str, Any]:
-    """As control_peer.py writes it for both sides."""
-    return {"long_evaluation": {"episodes": episodes, "return_mean": round(return_mean, 3)}}
-
-
 def main(config: Config) -> None:
     if config.recorded and (config.algo, config.device) != ("ddpg", "cuda"):
         raise SystemExit("--recorded is for --algo ddpg --device cuda")
@@ -154,7 +149,8 @@ def main(config: Config) -> None:
     longer = {}
     if config.long_evaluation:
         returns, _ = evaluate_policy(model, env, n_eval_episodes=config.long_evaluation, deterministic=True)
-        longer = long_evaluation(config.long_evaluation, float(np.mean(returns)))
+        figures = {"episodes": config.long_evaluation, "return_mean": round(float(np.mean(returns)), 3)}
+        longer = {"long_evaluation": figures}
     print(
         json.dumps(
             {

@@ -157,7 +157,8 @@ def run(sweep: Sweep) -> int:
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         if (folder / "sweep.yaml").exists():
             defaults = {"entries": dict(sweep.defaults), **dataclasses.asdict(SweepOptions())}
-            refuse_changes(folder / "sweep.yaml", yaml.safe_load(content), defaults, "a sweep")
+            as_read = yaml.safe_load(content)  # choices that are tuples are lists in the file
+            refuse_changes(folder / "sweep.yaml", as_read, defaults, "a sweep")
         write_atomically(folder / "sweep.yaml", content)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told below, in a line

@@ -43,4 +43,5 @@ def test_a_signal_to_the_process_group_leaves_the_cluster_alone() -> None:
     """
     command = [sys.executable, "-c", textwrap.dedent(driver)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
-    assert "answer: 1" in ended.stdout, ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert "answer: 1" in ended.stdout
