@@ -98,7 +98,7 @@ def ours(config: Config, seed: int) -> dict[str, Any]:
         "device": config.device,
         "eval-every": config.steps,
         "eval-episodes": 20,
-        "log-every": max(1000, config.steps // 200),
+        "log-every": max(1000, config.steps // 500),  # the peer looks at every step
         "runs-dir": runs_dir,
         "name": name,
     }
