@@ -2,7 +2,7 @@
 
     python -m benchmarks.control_peer --algo trpo --env HalfCheetah-v5 --steps 1000000 --seeds 5
     python -m benchmarks.control_peer --algo a2c --env CartPole-v1 --steps 500000 --seeds 5 --jobs 8   # on many cores
-    python -m benchmarks.control_peer --table                      # the newest entry of each pair as Markdown
+    python -m benchmarks.control_peer --table     # the newest entry of each pair and length as Markdown
 
 Ours runs as a user runs it, from the recipe that comes with longstride (`a2c-cartpole`), and with the policy and the
 environments in one process unless --backend and --workers say otherwise, as the peer does. Seeds of both sides are
@@ -168,10 +168,10 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
 
 def print_table(path: Path) -> None:
     entries = [(e["ours"], e) for e in json.loads(path.read_text()) if e["ours"].get("runs")]
-    newest = {(head["algo"], head["env"], head.get("device", "cpu")): e for head, e in entries}
+    newest = {(h["algo"], h["env"], h.get("device", "cpu"), f"{h['runs'][0]['steps']:.1e}"): e for h, e in entries}
     print("| | steps | median return, ours | SB3 | steps/s, ours | SB3 | ratio | threshold | s to it, ours | SB3 |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for (algo, env, device), e in sorted(newest.items()):
+    for (algo, env, device, steps), e in sorted(newest.items()):
         sides = [e["ours"], e["peer"]]
         returns, rates, seconds = (
             [f"{side[key]:.{digits}f}" if side.get(key) is not None else "–" for side in sides]
@@ -179,7 +179,7 @@ def print_table(path: Path) -> None:
         )
         cells = [
             f"{algo} {env}" + " on a GPU" * (device == "cuda"),
-            f"{round(e['ours']['runs'][0]['steps'], -3)}",
+            f"{float(steps):,.0f}",
             *returns,
             *rates,
         ]

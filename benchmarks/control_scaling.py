@@ -127,7 +127,8 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     newest: dict[str, dict[str, float]] = {}
     for entry in entries:
-        newest |= entry["ours"]["env_steps_per_s"]
+        if entry["benchmark"] == "control_scaling":
+            newest |= entry["ours"]["env_steps_per_s"]
     for env, rates in newest.items():
         workers = [int(w) for w in rates]
         base = rates[str(min(workers))] / min(workers)
