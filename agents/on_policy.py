@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from agents.adam import Adam
 from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
 from agents.clock import Clock
 from agents.config import ControlConfig
@@ -275,7 +276,7 @@ def explained_variance(targets: Tensor, predictions: Tensor) -> float:
 def adam(*networks_and_rates: tuple[nn.Module, float]) -> Optimizer:
     """Networks that learn together, each at a rate of its own, which follows the run's schedule."""
     groups = [{"params": list(net.parameters()), "lr": lr, "initial_lr": lr} for net, lr in networks_and_rates]
-    return torch.optim.Adam(groups, eps=1e-5, fused=True)
+    return Adam(groups, eps=1e-5, fused=True)
 
 
 def descend(optimizer: Optimizer, loss: Tensor, max_grad_norm: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from agents.adam import Adam
 from agents.checkpoint import load_networks, networks_state, policy_state, refuse_infinite, refuse_other_policy
 from agents.clock import Clock
 from agents.config import ControlConfig
@@ -176,7 +177,7 @@ class Learner(ABC):
 
     def adam(self, network: nn.Module) -> Optimizer:
         """What a graph replays has its learning rate in a tensor, and counts its steps in one."""
-        return torch.optim.Adam(network.parameters(), lr=self.rate, fused=True, capturable=self.on_gpu)
+        return Adam(network.parameters(), lr=self.rate, fused=True, capturable=self.on_gpu)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.gradient_steps, self.actor.flat_weights())
