@@ -65,7 +65,7 @@ class ReplayBuffer:
         skipped = max(0, len(rows_KW) - self.capacity)  # these would be overwritten by the rest
         positions = torch.arange(self.added + skipped, self.added + len(rows_KW)) % self.capacity
         device = self.rows_CW.device
-        self.rows_CW[positions.to(device)] = torch.from_numpy(rows_KW[skipped:]).to(device)
+        self.rows_CW[positions.to(device)] = torch.tensor(rows_KW[skipped:], device=device)
         self.added += len(rows_KW)
 
     def draw(self, batches: int, batch_size: int, generator: torch.Generator) -> Tensor:

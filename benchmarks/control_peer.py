@@ -56,6 +56,8 @@ THRESHOLDS = {
 class Config:
     algo: str = "a2c"
     env: str = "CartPole-v1"
+    recipe: str | None = None
+    """Ours, where it is not the one that its name gives to the algorithm and the environment."""
     steps: int = 500_000
     seeds: int = 5
     jobs: int = 1
@@ -78,18 +80,18 @@ class Config:
     output: Path = Path("benchmarks/results/control_peer.json")
 
 
-def recipe_name(algo: str, env: str) -> str:
-    return f"{algo}-{env.partition('-')[0].lower()}"
+def recipe_name(config: Config) -> str:
+    return config.recipe or f"{config.algo}-{config.env.partition('-')[0].lower()}"
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    return read_recipe(recipe_name(config.algo, config.env), None)
+    return read_recipe(recipe_name(config), None)
 
 
 def ours(config: Config, seed: int) -> dict[str, Any]:
     runs_dir, name = Path(tempfile.mkdtemp(prefix="control-")), f"seed-{seed}"
     flags = {
-        "recipe": recipe_name(config.algo, config.env),
+        "recipe": recipe_name(config),
         "env": config.env,
         "steps": config.steps,
         "seed": seed,
@@ -156,7 +158,7 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
     head = {"algo": config.algo, "env": config.env, "threshold": THRESHOLDS[config.env]}
     head |= {"steps": config.steps, "backend": config.backend, "workers": config.workers, "device": config.device}
     head |= {"peer_device": config.peer_device, "runs_at_a_time": config.jobs}
-    head |= {"recipe": recipe(config)}
+    head |= {"recipe_name": config.recipe, "recipe": recipe(config)}
     sides = {side: summary(runs) if runs else {} for side, runs in found.items()}
     ratio = {}
     if sides["ours"] and sides["peer"] and not config.peer_device and not config.peer_recorded:
@@ -168,26 +170,26 @@ def entry(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, A
 
 def print_table(path: Path) -> None:
     entries = [(e["ours"], e) for e in json.loads(path.read_text()) if e["ours"].get("runs")]
-    newest = {(h["algo"], h["env"], h.get("device", "cpu"), f"{h['runs'][0]['steps']:.1e}"): e for h, e in entries}
+    newest = {(label(h), f"{h['runs'][0]['steps']:.1e}"): e for h, e in entries}
     print("| | steps | median return, ours | SB3 | steps/s, ours | SB3 | ratio | threshold | s to it, ours | SB3 |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for (algo, env, device, steps), e in sorted(newest.items()):
+    for (what, steps), e in sorted(newest.items()):
         sides = [e["ours"], e["peer"]]
         returns, rates, seconds = (
             [f"{side[key]:.{digits}f}" if side.get(key) is not None else "–" for side in sides]
             for key, digits in (("median_return", 1), ("median_steps_per_s", 0), ("median_seconds_to_threshold", 1))
         )
-        cells = [
-            f"{algo} {env}" + " on a GPU" * (device == "cuda"),
-            f"{float(steps):,.0f}",
-            *returns,
-            *rates,
-        ]
+        cells = [what, f"{float(steps):,.0f}", *returns, *rates]
         print(
             "|",
             " | ".join([*cells, str(e["ratio"].get("steps_per_s", "–")), str(e["ours"]["threshold"]), *seconds]),
             "|",
         )
+
+
+def label(head: dict[str, Any]) -> str:
+    where = " on a GPU" if head.get("device") == "cuda" else ""
+    return f"{head['algo']} {head['env']}{where}" + (f" by {head['recipe_name']}" if head.get("recipe_name") else "")
 
 
 def main(config: Config) -> None:
@@ -215,7 +217,8 @@ def main(config: Config) -> None:
 
 def is_same(head: dict[str, Any], config: Config) -> bool:
     keys = "algo", "env", "steps", "backend", "workers", "device", "peer_device"
-    return all(head.get(key) == getattr(config, key) for key in keys)
+    same_recipe = head.get("recipe_name") == config.recipe
+    return same_recipe and all(head.get(key) == getattr(config, key) for key in keys)
 
 
 if __name__ == "__main__":
