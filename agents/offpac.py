@@ -59,9 +59,9 @@ class OffPACConfig(OnPolicyConfig):
     kept_fragments: int = 64
     calls_ahead: int = 2
     """Calls in line at each worker: with 2 it plays one while the other's fragment travels and is learnt from."""
-    lr: float = 5e-4
+    lr: float = 3e-4
     """Learning rate of the actor (Adam)."""
-    critic_lr: float = 2e-3
+    critic_lr: float = 4e-3
     ent_coef: float = 0.01
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
