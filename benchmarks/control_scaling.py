@@ -1,9 +1,12 @@
 """Environment steps a second of A2C with 1, 2, 4, ... workers, learning included, on three environments.
 
 CartPole-v1 costs a microsecond a step, HalfCheetah-v5 some fifty, and Slow-v0 sleeps for five milliseconds, as a
-simulator on another machine does. Where the environment is the bottleneck, twice the workers should play twice as much.
+simulator on another machine does. Where the environment is the bottleneck, twice the workers should play twice as much,
+as far as the machine lets them: processors that are all busy share caches, power and physical cores. --apart measures
+as many trainings side by side that know nothing of each other, a process each: what the machine itself gives.
 
 python -m benchmarks.control_scaling                              on a machine with 16 cores: seven minutes
+python -m benchmarks.control_scaling --apart                      that, for the limit
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
 python -m benchmarks.control_scaling --plot-only                  the newest figures as a PNG, where matplotlib is
 """
@@ -49,13 +52,12 @@ gymnasium.register("Slow-v0", entry_point=Slow)
 class Setting:
     env: str
     flags: tuple[str, ...]
-    evaluation: int  # episodes
 
 
 SETTINGS = (
-    Setting("CartPole-v1", ("--envs-per-worker", "64", "--n-steps", "32", "--segments", "8"), 1),
-    Setting("HalfCheetah-v5", ("--envs-per-worker", "4", "--n-steps", "64", "--segments", "4"), 1),
-    Setting("benchmarks.control_scaling:Slow-v0", ("--envs-per-worker", "1", "--n-steps", "32", "--segments", "2"), 1),
+    Setting("CartPole-v1", ("--envs-per-worker", "64", "--n-steps", "32", "--segments", "8")),
+    Setting("HalfCheetah-v5", ("--envs-per-worker", "4", "--n-steps", "64", "--segments", "4")),
+    Setting("benchmarks.control_scaling:Slow-v0", ("--envs-per-worker", "1", "--n-steps", "32", "--segments", "2")),
 )
 
 
@@ -64,6 +66,8 @@ class Config:
     workers: tuple[int, ...] = (1, 2, 4, 8, 14)
     seconds: float = 6.0
     """Measured in each run, after its start."""
+    apart: bool = False
+    """Instead of one run with N Ray workers, N runs of one process each: their steps a second, summed."""
     envs: tuple[str, ...] = tuple(setting.env for setting in SETTINGS)
     output: Path = Path("benchmarks/results/control_scaling.json")
     plot: Path = Path("docs/images/control_scaling.png")
@@ -79,7 +83,7 @@ def main(config: Config) -> None:
         for setting in [s for s in SETTINGS if s.env in config.envs]:
             for workers in config.workers:
                 name = setting.env.rpartition(":")[2]
-                found.setdefault(name, {})[workers] = round(measure(setting, workers, config.seconds), 1)
+                found.setdefault(name, {})[workers] = round(measure(setting, workers, config.seconds, config.apart), 1)
                 print(name, workers, found[name][workers], "steps/s", flush=True)
     finally:  # what is there when the time is up is kept
         if found:
@@ -87,37 +91,48 @@ def main(config: Config) -> None:
                 env: {w: round(rate / (w / min(rates)) / rates[min(rates)], 3) for w, rate in rates.items()}
                 for env, rates in found.items()
             }
-            ours = {"algorithm": "a2c", "env_steps_per_s": found, "efficiency": efficiency}
+            ours = {"algorithm": "a2c", "apart": config.apart, "env_steps_per_s": found, "efficiency": efficiency}
             write_result(config.output, "control_scaling", ours)
 
 
-def measure(setting: Setting, workers: int, seconds: float) -> float:
-    """Steps a second between the run's first line of metrics and the last that was written in time."""
+def measure(setting: Setting, workers: int, seconds: float, apart: bool) -> float:
+    """Steps a second, over all runs, while all of them train."""
+    place = ["--backend", "local", "--workers", "1"] if apart else ["--workers", str(workers)]
+    command = [sys.executable, "-m", "launch", "train", "a2c", "--env", setting.env, *place, *setting.flags]
+    command += ["--steps", str(10**9), "--eval-every", str(10**9), "--log-every", "1", "--eval-episodes", "1"]
     runs_dir = Path(tempfile.mkdtemp(prefix="scaling-"))
-    command = [sys.executable, "-m", "launch", "train", "a2c", "--env", setting.env, "--workers", str(workers)]
-    command += [*setting.flags, "--steps", str(10**9), "--eval-every", str(10**9), "--log-every", "1"]
-    command += ["--eval-episodes", "1", "--runs-dir", str(runs_dir), "--name", "run"]
-    with (runs_dir / "console").open("w") as console:
-        process = subprocess.Popen(command, stdout=console, stderr=console)
+    names = [f"run-{i}" for i in range(workers if apart else 1)]
+    processes = []
+    for seed, name in enumerate(names):
+        with (runs_dir / f"{name}.console").open("w") as console:
+            flags = ["--runs-dir", str(runs_dir), "--name", name, "--seed", str(seed)]
+            processes.append(subprocess.Popen([*command, *flags], stdout=console, stderr=console))
     try:
-        entries = wait_for_entries(runs_dir / "run" / "metrics.jsonl", seconds, process)
+        rows = [runs_dir / name / "metrics.jsonl" for name in names]
+        deadline = time.monotonic() + 60
+        # Two lines: the first call of all includes what happens once.
+        while min(len(entries(path)) for path in rows) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        began = time.time()
+        time.sleep(seconds)
+        ended = time.time()
+        return sum(rate([e for e in entries(path) if began <= e["time"] <= ended], runs_dir) for path in rows)
     finally:
-        if process.poll() is None:
+        for process in processes:
             process.terminate()
+        for process in processes:
             process.wait(timeout=30)
-    if len(entries) < 3:
-        raise SystemExit(f"{command} made no progress: see {runs_dir}/console")
-    first, last = entries[1], entries[-1]  # the first call of all includes what happens once
-    return (last["step"] - first["step"]) / (last["time"] - first["time"])
 
 
-def wait_for_entries(metrics: Path, seconds: float, process: "subprocess.Popen[bytes]") -> list[dict[str, float]]:
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(seconds)
+def entries(metrics: Path) -> list[dict[str, float]]:
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rate(entries: list[dict[str, float]], runs_dir: Path) -> float:
+    if len(entries) < 2:
+        raise SystemExit(f"a run made no progress: see {runs_dir}")
+    return (entries[-1]["step"] - entries[0]["step"]) / (entries[-1]["time"] - entries[0]["time"])
 
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:
@@ -127,7 +142,7 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     newest: dict[str, dict[str, float]] = {}
     for entry in entries:
-        if entry["benchmark"] == "control_scaling":
+        if entry["benchmark"] == "control_scaling" and not entry["ours"].get("apart"):
             newest |= entry["ours"]["env_steps_per_s"]
     for env, rates in newest.items():
         workers = [int(w) for w in rates]
