@@ -1,11 +1,12 @@
-"""Environment steps a second of A2C with 1, 2, 4, ... workers, learning included, on three environments.
+"""Environment steps a second of A2C, or off-policy actor-critic, with 1, 2, 4, ... workers, learning included.
 
 CartPole-v1 costs a microsecond a step, HalfCheetah-v5 some fifty, and Slow-v0 sleeps for five milliseconds, as a
 simulator on another machine does. Where the environment is the bottleneck, twice the workers should play twice as much,
 as far as the machine lets them: processors that are all busy share caches, power and physical cores. --apart measures
 as many trainings side by side that know nothing of each other, a process each: what the machine itself gives.
 
-python -m benchmarks.control_scaling                              on a machine with 16 cores: seven minutes
+python -m benchmarks.control_scaling                              on a machine with 16 cores: five minutes
+python -m benchmarks.control_scaling --algorithm offpac           the asynchronous one
 python -m benchmarks.control_scaling --apart                      that, for the limit
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
 python -m benchmarks.control_scaling --plot-only                  the newest figures as a PNG, where matplotlib is
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -48,27 +49,33 @@ class Slow(gymnasium.Env):
 gymnasium.register("Slow-v0", entry_point=Slow)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    env: str
-    flags: tuple[str, ...]
-
-
-SETTINGS = (
-    Setting("CartPole-v1", ("--envs-per-worker", "64", "--n-steps", "32", "--segments", "8")),
-    Setting("HalfCheetah-v5", ("--envs-per-worker", "4", "--n-steps", "64", "--segments", "4")),
-    Setting("benchmarks.control_scaling:Slow-v0", ("--envs-per-worker", "1", "--n-steps", "32", "--segments", "2")),
-)
+# Flags of a call of one worker, which plays as many steps by either algorithm: A2C's in segments, an update each.
+SETTINGS = {
+    "CartPole-v1": {
+        "a2c": "--envs-per-worker 64 --n-steps 32 --segments 8",
+        "offpac": "--envs-per-worker 64 --n-steps 256 --replays 0",
+    },
+    "HalfCheetah-v5": {
+        "a2c": "--envs-per-worker 4 --n-steps 64 --segments 4",
+        "offpac": "--envs-per-worker 4 --n-steps 256 --replays 0",
+    },
+    "benchmarks.control_scaling:Slow-v0": {
+        "a2c": "--envs-per-worker 1 --n-steps 32 --segments 2",
+        "offpac": "--envs-per-worker 1 --n-steps 64 --replays 0",
+    },
+}
 
 
 @dataclasses.dataclass
 class Config:
+    algorithm: Literal["a2c", "offpac"] = "a2c"
+    """a2c: all workers play, then the learner updates, in turns. offpac: nobody waits."""
     workers: tuple[int, ...] = (1, 2, 4, 8, 14)
     seconds: float = 6.0
     """Measured in each run, after its start."""
     apart: bool = False
     """Instead of one run with N Ray workers, N runs of one process each: their steps a second, summed."""
-    envs: tuple[str, ...] = tuple(setting.env for setting in SETTINGS)
+    envs: tuple[str, ...] = tuple(SETTINGS)
     output: Path = Path("benchmarks/results/control_scaling.json")
     plot: Path = Path("docs/images/control_scaling.png")
     plot_only: bool = False
@@ -80,10 +87,10 @@ def main(config: Config) -> None:
         return plot(json.loads(config.output.read_text()), config.plot)
     found: dict[str, dict[int, float]] = {}
     try:
-        for setting in [s for s in SETTINGS if s.env in config.envs]:
+        for env in config.envs:
+            name = env.rpartition(":")[2]
             for workers in config.workers:
-                name = setting.env.rpartition(":")[2]
-                found.setdefault(name, {})[workers] = round(measure(setting, workers, config.seconds, config.apart), 1)
+                found.setdefault(name, {})[workers] = round(measure(env, workers, config), 1)
                 print(name, workers, found[name][workers], "steps/s", flush=True)
     finally:  # what is there when the time is up is kept
         if found:
@@ -91,17 +98,19 @@ def main(config: Config) -> None:
                 env: {w: round(rate / (w / min(rates)) / rates[min(rates)], 3) for w, rate in rates.items()}
                 for env, rates in found.items()
             }
-            ours = {"algorithm": "a2c", "apart": config.apart, "env_steps_per_s": found, "efficiency": efficiency}
+            ours = {"algorithm": config.algorithm, "apart": config.apart}
+            ours |= {"env_steps_per_s": found, "efficiency": efficiency}
             write_result(config.output, "control_scaling", ours)
 
 
-def measure(setting: Setting, workers: int, seconds: float, apart: bool) -> float:
+def measure(env: str, workers: int, config: Config) -> float:
     """Steps a second, over all runs, while all of them train."""
-    place = ["--backend", "local", "--workers", "1"] if apart else ["--workers", str(workers)]
-    command = [sys.executable, "-m", "launch", "train", "a2c", "--env", setting.env, *place, *setting.flags]
+    place = ["--backend", "local", "--workers", "1"] if config.apart else ["--workers", str(workers)]
+    command = [sys.executable, "-m", "launch", "train", config.algorithm, "--env", env, *place]
+    command += SETTINGS[env][config.algorithm].split()
     command += ["--steps", str(10**9), "--eval-every", str(10**9), "--log-every", "1", "--eval-episodes", "1"]
     runs_dir = Path(tempfile.mkdtemp(prefix="scaling-"))
-    names = [f"run-{i}" for i in range(workers if apart else 1)]
+    names = [f"run-{i}" for i in range(workers if config.apart else 1)]
     processes = []
     for seed, name in enumerate(names):
         with (runs_dir / f"{name}.console").open("w") as console:
@@ -114,7 +123,7 @@ def measure(setting: Setting, workers: int, seconds: float, apart: bool) -> floa
         while min(len(entries(path)) for path in rows) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         began = time.time()
-        time.sleep(seconds)
+        time.sleep(config.seconds)
         ended = time.time()
         return sum(rate([e for e in entries(path) if began <= e["time"] <= ended], runs_dir) for path in rows)
     finally:
@@ -142,7 +151,11 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     newest: dict[str, dict[str, float]] = {}
     for entry in entries:
-        if entry["benchmark"] == "control_scaling" and not entry["ours"].get("apart"):
+        if (
+            entry["benchmark"] == "control_scaling"
+            and entry["ours"]["algorithm"] == "a2c"
+            and not entry["ours"].get("apart")
+        ):
             newest |= entry["ours"]["env_steps_per_s"]
     for env, rates in newest.items():
         workers = [int(w) for w in rates]

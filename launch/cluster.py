@@ -21,12 +21,14 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.node
 import ray._private.ray_constants
 import ray._private.utils
 import ray._private.worker
 
 from models.errors import UserError
 
+STARTS = 3  # tries at a cluster of our own, of half a minute each
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # errors reach the trainer through its Futures
@@ -40,7 +42,7 @@ _SETTINGS = {
 
 
 def start(address: str = "", log: Path = Path(os.devnull)) -> None:
-    """Connect this process to the cluster at `address`, or to one of its own. Raises UserError if none answers.
+    """Connect this process to the cluster at `address`, or to one of its own. Raises UserError if there is none.
 
     log: receives what Ray has to say about its processes, which would else be printed between the lines of the run.
     """
@@ -60,17 +62,39 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         folder = _session_folder()
         _sweep(folder.parent)
-        with _in_own_group():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=max(512 << 20, psutil.virtual_memory().total // 10),
-                _temp_dir=str(folder),
-                **quiet,
-            )
-        _drop_helpers()
+        _start_own(folder, quiet, log)
     for number, handler in handlers.items():
         signal.signal(number, handler)  # ray.init puts its own there
+
+
+def _start_own(folder: Path, quiet: Mapping[str, Any], log: Path) -> None:
+    """Where others keep the processors busy Ray may give up its own start (its server waits 15 s for its agents, a
+    limit that it does not let us set: https://github.com/ray-project/ray/issues/65983), and a later try succeed."""
+    before = set(psutil.Process().children())
+    for attempt in range(1, STARTS + 1):
+        try:
+            with _servers_alone(), _in_own_group():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=max(512 << 20, psutil.virtual_memory().total // 10),
+                    _temp_dir=str(folder),
+                    **quiet,
+                )
+            return
+        except Exception as error:  # Ray has no narrower one for this
+            if "timed out during startup" not in str(error):
+                raise
+            _write_messages(log, {"lines": [f"start {attempt} of {STARTS}: {error}"]}, False)
+            left = set(psutil.Process().children()) - before  # its servers
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left, timeout=10)
+    load, processors = psutil.getloadavg()[0], psutil.cpu_count()
+    raise UserError(
+        f"Ray did not start, {STARTS} times in a row, since its processes got no time (load average {load:.0f} on "
+        f"{processors} processors): try again when the machine has less to do, or add --backend local, without Ray"
+    )
 
 
 @contextmanager
@@ -118,11 +142,19 @@ def _write_messages(log: Path, data: Mapping[str, Any], ignore_prefix: bool) -> 
         file.writelines(f"{line}\n" for line in data["lines"])
 
 
-def _drop_helpers() -> None:
-    """End three processes that ray.init starts whether they are wanted or not: 270 MB of resident memory."""
-    node: Any = ray._private.worker._global_node
-    for end in (node.kill_monitor, node.kill_log_monitor, node.kill_dashboard):
-        end(check_alive=False)
+@contextmanager
+def _servers_alone() -> Iterator[None]:
+    """Within, ray.init leaves out three processes that nobody asks for here: 270 MB of resident memory, and seconds of
+    start-up during which Ray's agents, which have 15 s to come up, share the processors with them."""
+    node: Any = ray._private.node.Node
+    helpers = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
+    for name in helpers:
+        setattr(node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in helpers.items():
+            setattr(node, name, start)
 
 
 def _session_folder() -> Path:
