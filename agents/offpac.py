@@ -89,7 +89,8 @@ def train(config: OffPACConfig, run: "Run") -> None:
                 pipeline.issue(worker, *learner.next_call(restart=ahead == 0))
         metrics: dict[str, float] = {}
         while pipeline:  # no call is under way at a checkpoint
-            worker, fragment = pipeline.next()
+            with clock.waiting():
+                worker, fragment = pipeline.next()
             before = learner.env_steps
             metrics |= learner.learn(fragment)
             if learner.env_steps < next_evaluation:

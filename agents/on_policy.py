@@ -91,9 +91,10 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     restart = True
     while learner.env_steps < config.steps:
         call = (learner.snapshot(), config.steps_per_call, learner.round, restart)
-        fragment = join(call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s))
+        with clock.waiting():
+            fragments = call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s)
         before = learner.env_steps
-        metrics = learner.learn(fragment)
+        metrics = learner.learn(join(fragments))
         finished = learner.env_steps >= config.steps
         restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
         if restart or learner.env_steps // config.log_every > before // config.log_every:

@@ -118,7 +118,8 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
             pipeline.issue(worker, *learner.next_call(len(pipeline), restart=True))
         metrics: dict[str, float] = {}
         while pipeline:
-            worker, experience = pipeline.next()
+            with clock.waiting():
+                worker, experience = pipeline.next()
             before = learner.env_steps
             learner.add(experience)
             if learner.env_steps < next_evaluation:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import gymnasium
@@ -86,12 +87,15 @@ def main(config: Config) -> None:
     if config.plot_only:
         return plot(json.loads(config.output.read_text()), config.plot)
     found: dict[str, dict[int, float]] = {}
+    waited: dict[str, dict[int, float]] = {}
     try:
         for env in config.envs:
             name = env.rpartition(":")[2]
             for workers in config.workers:
-                found.setdefault(name, {})[workers] = round(measure(env, workers, config), 1)
-                print(name, workers, found[name][workers], "steps/s", flush=True)
+                speed, share = measure(env, workers, config)
+                found.setdefault(name, {})[workers] = round(speed, 1)
+                waited.setdefault(name, {})[workers] = round(share, 3)
+                print(f"{name} {workers}: {speed:.1f} steps/s, waited for workers {share:.0%}", flush=True)
     finally:  # what is there when the time is up is kept
         if found:
             efficiency = {
@@ -99,12 +103,12 @@ def main(config: Config) -> None:
                 for env, rates in found.items()
             }
             ours = {"algorithm": config.algorithm, "apart": config.apart}
-            ours |= {"env_steps_per_s": found, "efficiency": efficiency}
+            ours |= {"env_steps_per_s": found, "efficiency": efficiency, "waited_for_workers": waited}
             write_result(config.output, "control_scaling", ours)
 
 
-def measure(env: str, workers: int, config: Config) -> float:
-    """Steps a second, over all runs, while all of them train."""
+def measure(env: str, workers: int, config: Config) -> tuple[float, float]:
+    """While all runs train: their steps a second, summed, and the share of its time that a learner waited."""
     place = ["--backend", "local", "--workers", "1"] if config.apart else ["--workers", str(workers)]
     command = [sys.executable, "-m", "launch", "train", config.algorithm, "--env", env, *place]
     command += SETTINGS[env][config.algorithm].split()
@@ -118,14 +122,18 @@ def measure(env: str, workers: int, config: Config) -> float:
             processes.append(subprocess.Popen([*command, *flags], stdout=console, stderr=console))
     try:
         rows = [runs_dir / name / "metrics.jsonl" for name in names]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150  # Ray tries to start three times
         # Two lines: the first call of all includes what happens once.
         while min(len(entries(path)) for path in rows) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         began = time.time()
         time.sleep(config.seconds)
         ended = time.time()
-        return sum(rate([e for e in entries(path) if began <= e["time"] <= ended], runs_dir) for path in rows)
+        found = [[e for e in entries(path) if began <= e["time"] <= ended] for path in rows]
+        if min(map(len, found)) < 2:
+            raise SystemExit(f"a run made no progress: see {runs_dir}")
+        speed = sum((e[-1]["step"] - e[0]["step"]) / (e[-1]["time"] - e[0]["time"]) for e in found)
+        return speed, mean(line["time/waited_for_workers"] for e in found for line in e)
     finally:
         for process in processes:
             process.terminate()
@@ -136,12 +144,6 @@ def measure(env: str, workers: int, config: Config) -> float:
 def entries(metrics: Path) -> list[dict[str, float]]:
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def rate(entries: list[dict[str, float]], runs_dir: Path) -> float:
-    if len(entries) < 2:
-        raise SystemExit(f"a run made no progress: see {runs_dir}")
-    return (entries[-1]["step"] - entries[0]["step"]) / (entries[-1]["time"] - entries[0]["time"])
 
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:

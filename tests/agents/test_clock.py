@@ -18,12 +18,16 @@ def test_rates_count_from_the_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     learner, workers = SimpleNamespace(env_steps=100, gradient_steps=7), SimpleNamespace(restarts=3)
     clock = Clock(learner, workers, "env_steps", "gradient_steps")  # type: ignore[arg-type]
+    with clock.waiting():
+        now = 13.0
     now, learner.env_steps, learner.gradient_steps = 14.0, 300, 27
-    expected = {"time/env_steps_per_s": 50, "time/gradient_steps_per_s": 5, "run/actor_restarts": 3}
+    expected = {"time/env_steps_per_s": 50, "time/gradient_steps_per_s": 5}
+    expected |= {"time/waited_for_workers": 0.75, "run/actor_restarts": 3}
     assert clock.rates() == clock.rates() == expected
     clock.restart()
     now, learner.env_steps = 15.0, 310
     assert clock.rates()["time/env_steps_per_s"] == 10
+    assert clock.rates()["time/waited_for_workers"] == 0
 
 
 @pytest.mark.parametrize("job", ["a2c", "offpac", "ddpg"])
