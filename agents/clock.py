@@ -17,7 +17,7 @@ class Clock:
 
     `time/waited_for_workers` is the share of the time that was spent within `waiting`: near 1 the environments are what
     a run takes, and more workers make it faster; near 0 it is the learner. Workers without Ray play while they are
-    waited for.
+    called, so that calling them counts too.
     """
 
     def __init__(self, learner: object, workers: "ActorGroup", *counters: str) -> None:

@@ -84,9 +84,10 @@ def train(config: OffPACConfig, run: "Run") -> None:
     clock = Clock(learner, workers, "env_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
-        for ahead in range(config.calls_ahead):
-            for worker in range(len(workers)):
-                pipeline.issue(worker, *learner.next_call(restart=ahead == 0))
+        with clock.waiting():
+            for ahead in range(config.calls_ahead):
+                for worker in range(len(workers)):
+                    pipeline.issue(worker, *learner.next_call(restart=ahead == 0))
         metrics: dict[str, float] = {}
         while pipeline:  # no call is under way at a checkpoint
             with clock.waiting():
@@ -94,7 +95,8 @@ def train(config: OffPACConfig, run: "Run") -> None:
             before = learner.env_steps
             metrics |= learner.learn(fragment)
             if learner.env_steps < next_evaluation:
-                pipeline.issue(worker, *learner.next_call(restart=False))
+                with clock.waiting():
+                    pipeline.issue(worker, *learner.next_call(restart=False))
             if pipeline and learner.env_steps // config.log_every > before // config.log_every:
                 run.log(learner.env_steps, metrics | clock.rates(), config.steps)
                 clock.restart()

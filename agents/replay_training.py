@@ -114,8 +114,9 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
     clock = Clock(learner, workers, "env_steps", "gradient_steps")
     while learner.env_steps < config.steps:
         next_evaluation = min(config.steps, (learner.env_steps // config.eval_every + 1) * config.eval_every)
-        for worker in range(len(workers)):
-            pipeline.issue(worker, *learner.next_call(len(pipeline), restart=True))
+        with clock.waiting():
+            for worker in range(len(workers)):
+                pipeline.issue(worker, *learner.next_call(len(pipeline), restart=True))
         metrics: dict[str, float] = {}
         while pipeline:
             with clock.waiting():
@@ -123,7 +124,8 @@ def train(config: ReplayConfig, run: "Run", learner: "Learner") -> None:
             before = learner.env_steps
             learner.add(experience)
             if learner.env_steps < next_evaluation:
-                pipeline.issue(worker, *learner.next_call(len(pipeline), restart=False))  # it plays while we learn
+                with clock.waiting():
+                    pipeline.issue(worker, *learner.next_call(len(pipeline), restart=False))  # it plays while we learn
             metrics |= learner.learn()
             if pipeline and learner.env_steps // config.log_every > before // config.log_every:
                 run.log(learner.env_steps, metrics | clock.rates(), config.steps)
