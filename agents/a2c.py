@@ -7,8 +7,8 @@ The critic learns faster than the actor (two time scales: Konda and Tsitsiklis, 
 policy reaches CartPole's maximum as soon and then falls off it again in a third of the seeds. Where an action matters
 little beside the critic's errors (Pendulum), the critic needs several steps to each of the actor.
 
-The segments of a call were played by the policy of its beginning, so that the last one is `segments - 1` updates old;
-`train/policy_lag_kl` shows how far the policy has moved.
+The segments of a call were played by the policy of its beginning, so that the last one is `segments - 1` updates old,
+with `overlap` twice `segments` less one; `train/policy_lag_kl` shows how far the policy has moved.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class A2CConfig(AdvantageConfig):
     segments: int = 4
     """Updates to one call of the workers."""
+    overlap: bool = False
+    """The workers play the next call while the learner learns from this one, by the policy from before it. For
+    environments and updates that take about as long; what it does to the lag is in `train/policy_lag_kl`."""
     lr: float = 5e-4
     """Learning rate of the actor (Adam)."""
     critic_lr: float = 2e-3
@@ -48,7 +51,7 @@ class A2CConfig(AdvantageConfig):
 
 
 def train(config: A2CConfig, run: "Run") -> None:
-    on_policy.train(config, run, A2C(config, run.seed))
+    on_policy.train(config, run, A2C(config, run.seed), config.overlap)
 
 
 def evaluate(config: A2CConfig, run: "Run") -> None:

@@ -25,7 +25,7 @@ from agents.clock import Clock
 from agents.config import ControlConfig
 from agents.evaluation import catch_up, evaluate_and_save
 from agents.moments import CLIP, Moments, Normalizer
-from agents.pipeline import call_each
+from agents.pipeline import Pipeline
 from agents.returns import gae
 from agents.rollout import Fragment, RolloutConfig, RolloutWorker, Snapshot, join
 from envs.control.spaces import ControlSpaces, DiscreteActions
@@ -75,8 +75,10 @@ class AdvantageConfig(OnPolicyConfig):
     at_most_one: ClassVar[frozenset[str]] = OnPolicyConfig.at_most_one | {"gae_lambda"}
 
 
-def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
+def train(config: OnPolicyConfig, run: "Run", learner: "Learner", overlap: bool = False) -> None:
     """Metrics are logged by environment steps; `eval/...` in summary.json are those of the last policy.
+
+    overlap: the workers play the next fragment while the learner learns from this one, by the policy from before it.
 
     Each checkpoint ends the running episodes, so that what follows it depends on the checkpoint alone: a resumed run
     repeats an uninterrupted one bit for bit, with any number of workers that stay alive.
@@ -87,17 +89,26 @@ def train(config: OnPolicyConfig, run: "Run", learner: "Learner") -> None:
     if state is not None:
         learner.load_state(state)
         catch_up(config, run, workers, learner, state, learner.state)
+    pipeline = Pipeline(workers, "collect", config.worker_timeout_s, ahead=0)
     clock = Clock(learner, workers, "env_steps")
+
+    def play(round: int, restart: bool) -> None:
+        snapshot = learner.snapshot()
+        for worker in range(len(workers)):
+            pipeline.issue(worker, snapshot, config.steps_per_call, round, restart)
+
     restart = True
     while learner.env_steps < config.steps:
-        call = (learner.snapshot(), config.steps_per_call, learner.round, restart)
         with clock.waiting():
-            fragments = call_each(workers, "collect", [call] * len(workers), config.worker_timeout_s)
-        before = learner.env_steps
-        metrics = learner.learn(join(fragments))
-        finished = learner.env_steps >= config.steps
-        restart = finished or learner.env_steps // config.eval_every > before // config.eval_every
-        if restart or learner.env_steps // config.log_every > before // config.log_every:
+            if not pipeline:
+                play(learner.round, restart)
+            fragment = join([pipeline.next()[1] for _ in range(len(workers))])
+            before, after = learner.env_steps, learner.env_steps + int(fragment.valid.sum())
+            restart = after >= config.steps or after // config.eval_every > before // config.eval_every
+            if overlap and not restart:  # no call is under way at a checkpoint
+                play(learner.round + 1, restart)
+        metrics = learner.learn(fragment)
+        if restart or after // config.log_every > before // config.log_every:
             metrics |= clock.rates()
             if restart:
                 evaluate_and_save(config, run, workers, learner, metrics, learner.state)

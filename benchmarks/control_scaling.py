@@ -6,7 +6,8 @@ as far as the machine lets them: processors that are all busy share caches, powe
 as many trainings side by side that know nothing of each other, a process each: what the machine itself gives.
 
 python -m benchmarks.control_scaling                              on a machine with 16 cores: five minutes
-python -m benchmarks.control_scaling --algorithm offpac           the asynchronous one
+python -m benchmarks.control_scaling --overlap                    with workers that play while the learner learns
+python -m benchmarks.control_scaling --algorithm offpac           asynchronously
 python -m benchmarks.control_scaling --apart                      that, for the limit
 python -m benchmarks.control_scaling --workers 1 2 --seconds 2    for a look
 python -m benchmarks.control_scaling --plot-only                  the newest figures as a PNG, where matplotlib is
@@ -71,6 +72,8 @@ SETTINGS = {
 class Config:
     algorithm: Literal["a2c", "offpac"] = "a2c"
     """a2c: all workers play, then the learner updates, in turns. offpac: nobody waits."""
+    overlap: bool = False
+    """Of a2c: the workers play while the learner updates."""
     workers: tuple[int, ...] = (1, 2, 4, 8, 14)
     seconds: float = 6.0
     """Measured in each run, after its start."""
@@ -102,7 +105,7 @@ def main(config: Config) -> None:
                 env: {w: round(rate / (w / min(rates)) / rates[min(rates)], 3) for w, rate in rates.items()}
                 for env, rates in found.items()
             }
-            ours = {"algorithm": config.algorithm, "apart": config.apart}
+            ours = {"algorithm": config.algorithm, "overlap": config.overlap, "apart": config.apart}
             ours |= {"env_steps_per_s": found, "efficiency": efficiency, "waited_for_workers": waited}
             write_result(config.output, "control_scaling", ours)
 
@@ -111,7 +114,7 @@ def measure(env: str, workers: int, config: Config) -> tuple[float, float]:
     """While all runs train: their steps a second, summed, and the share of its time that a learner waited."""
     place = ["--backend", "local", "--workers", "1"] if config.apart else ["--workers", str(workers)]
     command = [sys.executable, "-m", "launch", "train", config.algorithm, "--env", env, *place]
-    command += SETTINGS[env][config.algorithm].split()
+    command += [*SETTINGS[env][config.algorithm].split(), *["--overlap"] * config.overlap]
     command += ["--steps", str(10**9), "--eval-every", str(10**9), "--log-every", "1", "--eval-episodes", "1"]
     runs_dir = Path(tempfile.mkdtemp(prefix="scaling-"))
     names = [f"run-{i}" for i in range(workers if config.apart else 1)]
@@ -152,13 +155,9 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     newest: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        if (
-            entry["benchmark"] == "control_scaling"
-            and entry["ours"]["algorithm"] == "a2c"
-            and not entry["ours"].get("apart")
-        ):
-            newest |= entry["ours"]["env_steps_per_s"]
+    for ours in (entry["ours"] for entry in entries if entry["benchmark"] == "control_scaling"):
+        if ours["algorithm"] == "a2c" and not ours.get("apart") and not ours.get("overlap"):
+            newest |= ours["env_steps_per_s"]
     for env, rates in newest.items():
         workers = [int(w) for w in rates]
         base = rates[str(min(workers))] / min(workers)

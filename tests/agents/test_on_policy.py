@@ -63,6 +63,39 @@ def test_two_workers_resume_exactly_too(tmp_path: Path) -> None:
     assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
 
 
+def test_an_overlapping_run_resumes_exactly_too(tmp_path: Path) -> None:
+    config = short("a2c", workers=2, overlap=True, normalize_observations=True)
+    train("a2c", config, tmp_path, "whole")
+    train_until_killed("a2c", config, tmp_path, "cut", step=1300)
+    train("a2c", config, tmp_path, "cut", resume=True)
+    assert_equal(final_state(tmp_path, "cut"), final_state(tmp_path, "whole"))
+    train("a2c", replace(config, overlap=False), tmp_path, "in turns")
+    whole, turns = (final_state(tmp_path, name)["networks"]["policy"]["net.0.weight"] for name in ("whole", "in turns"))
+    assert not torch.equal(whole, turns)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlapping_calls_are_one_call_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    """But for the first, and those after a checkpoint, under which no call is under way."""
+    config = short("a2c", workers=2, envs_per_worker=4, overlap=overlap)  # calls of 256 steps
+    learn, collect, behind, rounds = A2C.learn, RolloutWorker.collect, [], []
+
+    def learning(self: A2C, fragment: Any) -> Any:
+        behind.append(self.round - int(fragment.versions.max()))
+        assert (fragment.versions == fragment.versions[0]).all()
+        return learn(self, fragment)
+
+    def collecting(self: RolloutWorker, snapshot: Any, steps: int, round: int, restart: bool) -> Any:
+        rounds.append(round)
+        return collect(self, snapshot, steps, round, restart)
+
+    monkeypatch.setattr(A2C, "learn", learning)
+    monkeypatch.setattr(RolloutWorker, "collect", collecting)
+    train("a2c", config, tmp_path, "run")
+    assert behind == ([0, 1, 1, 1, 0, 1, 1, 0] if overlap else [0] * 8)
+    assert rounds == [number for number in range(8) for _ in range(2)], "each has randomness of its own"
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_the_seed_decides(tmp_path: Path, job: str) -> None:
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
