@@ -128,6 +128,8 @@ def measure(env: str, workers: int, config: Config) -> tuple[float, float]:
         deadline = time.monotonic() + 150  # Ray tries to start three times
         # Two lines: the first call of all includes what happens once.
         while min(len(entries(path)) for path in rows) < 2 and time.monotonic() < deadline:
+            if any(process.poll() is not None for process in processes):
+                raise SystemExit(f"a run ended: see {runs_dir}")
             time.sleep(0.05)
         began = time.time()
         time.sleep(config.seconds)

@@ -69,7 +69,8 @@ def start(address: str = "", log: Path = Path(os.devnull)) -> None:
 
 def _start_own(folder: Path, quiet: Mapping[str, Any], log: Path) -> None:
     """Where others keep the processors busy Ray may give up its own start (its server waits 15 s for its agents, a
-    limit that it does not let us set: https://github.com/ray-project/ray/issues/65983), and a later try succeed."""
+    limit that it does not let us set: https://github.com/ray-project/ray/issues/65983), and a later try succeed.
+    Raises UserError if none does."""
     before = set(psutil.Process().children())
     for attempt in range(1, STARTS + 1):
         try:
