@@ -81,7 +81,7 @@ class Pipeline:
         Raises what the worker raised, and UserError when ATTEMPTS workers died of the same call.
         """
         while True:
-            may_come = [call for call in self.calls if call.number <= self.calls[0].number + self.ahead]
+            may_come = self._may_come()
             wait([call.future for call in may_come], return_when=FIRST_COMPLETED)
             call = next(call for call in may_come if call.future.done())
             try:
@@ -94,6 +94,13 @@ class Pipeline:
                 continue
             self.calls.remove(call)
             return call.worker, result
+
+    def _may_come(self) -> list[_Call]:
+        """The oldest call of each worker, oldest first. Ray now and then reports a worker's next result before it."""
+        oldest: dict[int, _Call] = {}
+        for call in self.calls:
+            oldest.setdefault(call.worker, call)
+        return [call for call in oldest.values() if call.number <= self.calls[0].number + self.ahead]
 
     def _send(self, worker: int, arguments: Sequence[Any]) -> Future[Any]:
         return self.workers.call(worker, self.method, *arguments, timeout_s=self.timeout_s)

@@ -52,6 +52,17 @@ def test_otherwise_whatever_is_ready_comes_and_the_longest_asked_for_first() -> 
     assert [calls.next() for _ in range(2)] == [(0, (0, "a")), (0, (0, "c"))]
 
 
+def test_a_worker_s_results_come_in_their_order_however_they_are_reported() -> None:
+    """As Ray does with one in some hundred pairs that it gets at about the same time."""
+    calls, group = pipeline(ahead=2)
+    group.answer(2)
+    threading.Timer(0.2, group.answer, (0,)).start()
+    assert calls.next() == (0, (0, "a"))
+    assert calls.next() == (0, (0, "c"))
+    group.answer(1)
+    assert calls.next() == (1, (1, "b"))
+
+
 def test_a_slow_worker_s_result_is_overtaken_by_so_many_and_no_more() -> None:
     """Two calls of each worker in line; those of worker 0 take as long as everything else together."""
     for ahead in (0, 1, 4):
