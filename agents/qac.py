@@ -42,7 +42,7 @@ class QACConfig(OnPolicyConfig):
     lr: float = 1e-4
     """Learning rate of the actor (Adam). Much smaller than the critic's: an actor that follows a critic of which little
     is known yet may end at a single action, and then nothing tells it of the others."""
-    critic_lr: float = 2e-3
+    critic_lr: float = 4e-3
     ent_coef: float = 0.03
     max_grad_norm: float = 0.5
     """Of the actor's gradient, and of the critic's."""
