@@ -58,7 +58,8 @@ class Pipeline:
 
     ahead: how many places in the order in which calls were issued a result may come before the oldest that is missing.
     With 0 results come in that order, so that a run depends on its seed alone, with any number of workers, as long as
-    all of them live. Otherwise they come as they are ready, and no worker waits for one that is a little slower; for
+    all of them live. Otherwise they come as they are ready, those of one worker in their order, and no worker waits for
+    one that is a little slower; for
     one that is much slower all wait, so that its result is never staler than `ahead` others and the calls in line make
     it. With one worker any number is the same order.
     """

@@ -53,7 +53,7 @@ def test_otherwise_whatever_is_ready_comes_and_the_longest_asked_for_first() -> 
 
 
 def test_a_worker_s_results_come_in_their_order_however_they_are_reported() -> None:
-    """As Ray does with one in some hundred pairs that it gets at about the same time."""
+    """Ray now and then reports the second of two before the first."""
     calls, group = pipeline(ahead=2)
     group.answer(2)
     threading.Timer(0.2, group.answer, (0,)).start()
